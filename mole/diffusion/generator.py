@@ -1,0 +1,237 @@
+"""The trained generator: saved as `config.json` and `model.safetensors`, loaded, sampled.
+
+Dimensions: N networks, P parameters.
+"""
+
+import math
+import platform
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mole.config import GeneratorConfig, TaskConfig
+from mole.diffusion.conditions import Conditions
+from mole.diffusion.denoiser import Denoiser
+from mole.diffusion.process import Drawn, reverse
+from mole.diffusion.samples import Samples, weights_digest
+from mole.errors import CorruptFileError, MoleError, PromptWarning
+from mole.files import file_digest, read_json, replacing, value_digest, write_json
+from mole.representations import EntryScale, NeuronView, WeightSpec
+from mole.tasks import Task, load_task
+
+FORMAT = 1
+FRESH_SEEDS = 2**40
+"""Initialisations from here on belong to sampling; harvests use smaller seeds."""
+
+
+class Card(BaseModel):
+    """What `config.json` of a generator holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    format: int
+    denoiser: GeneratorConfig
+    task: TaskConfig
+    layers: list[int]
+    """Widths of the generated networks, from input to output."""
+    spec: list[dict[str, Any]]
+    scales: list[float]
+    prompt_range: tuple[float, float]
+    """Lowest and highest loss in the zoo, in nats."""
+    zoo: str
+    """Digest of the zoo it learned from."""
+    train_steps: int
+    seed: int
+    weights: str = ""
+    """SHA-256 of `model.safetensors`."""
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A denoiser with all it needs to draw networks.
+
+    Example:
+        >>> generator = mole.load("runs/digits")
+        >>> samples = generator.sample(target_loss=0.15, n=64, seed=0)
+        >>> network = samples[0].module()
+    """
+
+    denoiser: Denoiser
+    card: Card
+    device: torch.device
+    loaded_task: Task | None = None
+    """The task with its data on `device`; loaded at first use when absent."""
+
+    @cached_property
+    def spec(self) -> WeightSpec:
+        return self.denoiser.view.spec
+
+    @cached_property
+    def scale(self) -> EntryScale:
+        return EntryScale.of(self.spec, self.card.scales)
+
+    @cached_property
+    def task(self) -> Task:
+        """The task whose networks it generates."""
+        return self.loaded_task or load_task(self.card.task).to(self.device)
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of this generator: of its configuration and weights."""
+        return value_digest(self.card.model_dump(mode="json"))
+
+    def sample(
+        self,
+        *,
+        target_loss: float | None = None,
+        n: int = 1,
+        seed: int = 0,
+        starts: Tensor | None = None,
+        evaluations: int = 1,
+    ) -> Samples:
+        """Generate networks for a wanted loss.
+
+        Args:
+            target_loss: cross-entropy in nats on the task's prompt images; the zoo's best by default.
+            n: number of networks.
+            seed: of the noise and of the fresh initialisations; network i depends on (seed, i) only.
+            starts: weights (n, P) of the networks to start from; fresh initialisations by default.
+            evaluations: calls of the generator per network.
+
+        Returns:
+            The networks in order, with their provenance.
+
+        Raises:
+            MoleError: an argument is not legal.
+
+        Warns:
+            PromptWarning: `target_loss` lies outside the losses in the zoo.
+        """
+        target = self.card.prompt_range[0] if target_loss is None else float(target_loss)
+        if not (math.isfinite(target) and target > 0) or n < 1 or evaluations < 1 or seed < 0:
+            raise MoleError(
+                f"sample(target_loss={target_loss}, n={n}, seed={seed}, evaluations={evaluations}): legal is a "
+                "target_loss above 0, n and evaluations of at least 1, and a seed of at least 0"
+            )
+        self._warn_outside_range(target)
+        seeds = [FRESH_SEEDS + seed * 2**20 + index for index in range(n)]
+        if starts is None:
+            origins = [{"kind": "fresh initialisation", "seed": s} for s in seeds]
+            starts = self.task.initial(seeds)
+        else:
+            origins = [{"kind": "given weights", "weights": weights_digest(start)} for start in starts]
+        if starts.shape != (n, self.spec.size) or not starts.isfinite().all():
+            raise MoleError(f"starts of shape {tuple(starts.shape)}; legal is ({n}, {self.spec.size}), all finite")
+        drawn, losses = self._draw(starts, torch.full((n,), target), seeds, evaluations)
+        common = {"generator": self.digest, "zoo": self.card.zoo, "prompt": {"target_loss": target}}
+        records = [
+            {
+                "weights": weights_digest(drawn.flat[i]),
+                **common,
+                "start": {**origins[i], "loss": float(losses[i])},
+                "seed": seed,
+                "index": i,
+                "network_evaluations": drawn.evaluations,
+                "versions": versions(),
+            }
+            for i in range(n)
+        ]
+        return Samples(drawn.flat, self.spec, self.card.layers, records, drawn.evaluations)
+
+    def draw(self, starts: Tensor, target_loss: Tensor, *, seed: int = 0, evaluations: int = 1) -> Drawn:
+        """Weights (N, P) for starts (N, P) and prompts (N,), without records or warnings."""
+        seeds = [FRESH_SEEDS + seed * 2**20 + index for index in range(len(starts))]
+        return self._draw(starts, target_loss, seeds, evaluations)[0]
+
+    @torch.no_grad()
+    def _draw(
+        self, starts: Tensor, target_loss: Tensor, seeds: Sequence[int], evaluations: int, at_once: int = 256
+    ) -> tuple[Drawn, Tensor]:
+        """Weights and the losses of the starts; both on the CPU."""
+        drawn, losses, calls = [], [], 0
+        for low in range(0, len(starts), at_once):
+            part = slice(low, low + at_once)
+            start = starts[part].to(self.device)
+            noise = torch.stack([_noise(s, self.spec.size) for s in seeds[part]]).to(self.device)
+            loss = self.task.measure(start, self.task.prompt).loss
+            conditions = Conditions(loss, target_loss[part].to(start))
+            found = reverse(self.denoiser, noise, self.scale.normalise(start), conditions, evaluations)
+            drawn.append(self.scale.restore(found.flat).cpu())
+            calls = found.evaluations
+            losses.append(loss.cpu())
+        return Drawn(torch.cat(drawn), calls), torch.cat(losses)
+
+    def _warn_outside_range(self, target: float) -> None:
+        low, high = self.card.prompt_range
+        if not low * (1 - 1e-6) <= target <= high * (1 + 1e-6):
+            warnings.warn(
+                f"target_loss {target:.4g} lies outside the losses of the zoo, {low:.4g} to {high:.4g}; "
+                "the generator has seen no such network",
+                PromptWarning,
+                stacklevel=3,
+            )
+
+    def save(self, folder: str | Path) -> "Generator":
+        """Write `model.safetensors`, then `config.json` with its digest; returns the generator as loaded."""
+        folder = Path(folder)
+        with replacing(folder / "model.safetensors") as temporary:
+            save_file(self.denoiser.state_dict(), temporary)
+        card = self.card.model_copy(update={"weights": file_digest(folder / "model.safetensors")})
+        write_json(folder / "config.json", card.model_dump(mode="json"))
+        return replace(self, card=card)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Generator":
+        """Read a generator from its folder, or from the folder of the run that trained it.
+
+        Raises:
+            MoleError: there is none.
+            CorruptFileError: a file is not what was written, or of another format.
+        """
+        folder = Path(path)
+        folder = folder / "generator" if (folder / "generator").is_dir() else folder
+        try:
+            card = Card.model_validate(read_json(folder / "config.json"))
+            found = file_digest(folder / "model.safetensors")
+        except FileNotFoundError as error:
+            raise MoleError(
+                f"{path}: no generator here ({error.filename} is missing); legal is a run folder or a folder of "
+                "config.json and model.safetensors, as `python train.py` writes them"
+            ) from None
+        except ValidationError as error:
+            raise CorruptFileError(f"{folder}/config.json: {error}") from None
+        if card.format != FORMAT:
+            raise CorruptFileError(f"{folder}/config.json: format {card.format}; this version reads {FORMAT}")
+        if found != card.weights:
+            raise CorruptFileError(f"{folder}/model.safetensors: truncated or altered; train again or copy it anew")
+        try:
+            denoiser = Denoiser(NeuronView(WeightSpec.from_json(card.spec)), card.denoiser)
+            denoiser.load_state_dict(load_file(folder / "model.safetensors"))
+        except (SafetensorError, RuntimeError, KeyError, TypeError, IndexError) as error:
+            raise CorruptFileError(f"{folder}: weights and configuration do not fit ({error})") from None
+        return cls(denoiser.to(device).eval(), card, torch.device(device))
+
+
+def _noise(seed: int, size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the bits of a generated network."""
+    packages = ("mole", "torch", "diffusers", "numpy", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Generator:
+    """Read a generator from its folder or from its run folder; see `Generator.load`."""
+    return Generator.load(path, device)

@@ -1,0 +1,85 @@
+"""Generated networks, each with the record of where it came from."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mole.files import replacing
+from mole.representations import WeightSpec
+from mole.tasks.task import build_network
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated network."""
+
+    flat: Tensor
+    """(P,) float32."""
+    spec: WeightSpec
+    layers: list[int]
+    provenance: dict[str, Any]
+    """Generator, zoo, prompt, start, seed and versions."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names that the plain network uses."""
+        return {name: tensor.clone() for name, tensor in self.spec.unflatten(self.flat).items()}
+
+    def module(self) -> nn.Module:
+        """The network, as a plain `torch.nn.Sequential`."""
+        network = build_network(self.layers, seed=0)
+        network.load_state_dict(self.state_dict())
+        return network
+
+    def save(self, path: str | Path) -> None:
+        """Write a plain safetensors file; the digests of its origin stand in the file's metadata."""
+        metadata = {key: str(self.provenance[key]) for key in ("generator", "zoo", "weights")}
+        with replacing(Path(path)) as temporary:
+            save_file(self.state_dict(), temporary, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Samples(Sequence[Sample]):
+    """Generated networks, drawn together.
+
+    Example:
+        >>> samples = generator.sample(target_loss=0.15, n=64, seed=0)
+        >>> samples[0].module()(images).argmax(-1)
+    """
+
+    flat: Tensor
+    """(N, P) float32, on the CPU."""
+    spec: WeightSpec
+    layers: list[int]
+    provenance: list[dict[str, Any]]
+    network_evaluations: int
+    """Calls of the generator per network."""
+
+    def __len__(self) -> int:
+        return len(self.flat)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Samples": ...
+    def __getitem__(self, index: int | slice) -> "Sample | Samples":
+        if isinstance(index, slice):
+            return Samples(
+                self.flat[index], self.spec, self.layers, self.provenance[index], self.network_evaluations
+            )  # fmt: skip
+        return Sample(self.flat[index], self.spec, self.layers, self.provenance[index])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"Samples({len(self)} networks {self.layers}, {self.network_evaluations} evaluation(s) each)"
+
+
+def weights_digest(flat: Tensor) -> str:
+    """SHA-256 of a network's flat weights (P,), in hex."""
+    return hashlib.sha256(flat.contiguous().cpu().numpy().tobytes()).hexdigest()

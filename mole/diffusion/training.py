@@ -1,0 +1,217 @@
+"""Train a generator on a zoo, with its state on disk so that a killed training continues."""
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from mole.checkpoints import Zoo
+from mole.config import Config
+from mole.diffusion.denoiser import Denoiser
+from mole.diffusion.generator import FORMAT, Card, Generator
+from mole.diffusion.module import DenoiserTraining
+from mole.diffusion.pairs import PairBatches
+from mole.errors import MoleError
+from mole.files import remove, replacing
+from mole.representations import EntryScale, NeuronView
+from mole.tasks import Task
+
+logger = logging.getLogger("mole")
+
+Log = Callable[[int, Mapping[str, float]], None]
+"""(step, metrics): told every `train.log_every` steps and at every validation."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a generator is trained on and validated with."""
+
+    task: Task
+    zoo: Zoo
+    """Training runs."""
+    heldout: Zoo
+
+
+def train_generator(
+    config: Config,
+    data: Data,
+    state: Path,
+    *,
+    identity: str,
+    device: torch.device,
+    progress: Callable[[int], None],
+    log: Log,
+    on_resume: Callable[[int], None] = lambda step: None,
+) -> tuple[Generator, float]:
+    """Train the denoiser of `config`; returns it with its averaged weights, and the seconds it took.
+
+    Args:
+        config: the sections `generator` and `train`, and the seed.
+        data: task and zoo; the data of the task lie on `device`.
+        state: file of the training state. If it exists and has this `identity`, training continues
+            from it, bit for bit on a CPU; removing it at the end is left to the caller, who knows
+            when the result is safe.
+        identity: digest of everything that decides the result.
+        device: where to train.
+        progress: told the steps done so far.
+        log: told the metrics.
+        on_resume: told the step that training continues from, 0 for a new one.
+
+    Raises:
+        MoleError: the loss became NaN or infinite.
+    """
+    L.seed_everything(config.seed, verbose=False)
+    view, scale = NeuronView(data.zoo.spec), EntryScale.fit(data.zoo.spec, data.zoo.weights)
+    denoiser = Denoiser(view, config.generator)
+    module = DenoiserTraining(denoiser, scale, data.task, config.train, seed=config.seed)
+    low, high = float(data.zoo.loss.min()), float(data.zoo.loss.max())
+    card = Card(
+        format=FORMAT, denoiser=config.generator, task=config.task, layers=data.task.layers,
+        spec=view.spec.to_json(), scales=scale.stds(view.spec), prompt_range=(low, high), zoo=data.zoo.digest,
+        train_steps=config.train.steps, seed=config.seed,
+    )  # fmt: skip
+    first_step, spent = _resumable(state, identity)
+    on_resume(first_step)
+    progress(first_step)
+    batches = PairBatches(data.zoo, scale, config.train, seed=config.seed, first_step=first_step)
+    watch = _Watch(config, data, card, _State(state, identity, spent), device, progress, log)
+    _quiet()
+    trainer = L.Trainer(
+        max_steps=config.train.steps,
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        precision="bf16-mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32-true",
+        gradient_clip_val=config.train.gradient_clip,
+        callbacks=[watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if first_step < config.train.steps:
+        try:
+            resume = str(state) if first_step else None
+            trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=resume, weights_only=True)
+        except SystemExit:  # Lightning turns Ctrl-C into an exit
+            raise KeyboardInterrupt from None
+    return Generator(_averaged(module, device), card, device, data.task), watch.seconds
+
+
+def _averaged(module: DenoiserTraining, device: torch.device) -> Denoiser:
+    denoiser = module.average.module
+    assert isinstance(denoiser, Denoiser)
+    return denoiser.to(device).eval()
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where the training state lies, whose it is, and the seconds spent before this session."""
+
+    path: Path
+    identity: str
+    seconds_before: float
+
+
+def _resumable(state: Path, identity: str) -> tuple[int, float]:
+    """Steps and seconds already spent in a training state of this identity; any other state is removed."""
+    if state.exists():
+        try:
+            found = torch.load(state, map_location="cpu", weights_only=True)
+            if found["identity"] == identity:
+                return int(found["global_step"]), float(found["seconds"])
+        except Exception:  # truncated, foreign or hostile: whatever is wrong, it is not ours
+            logger.warning("%s: not a training state; training from the beginning", state)
+        remove(state)
+    return 0, 0.0
+
+
+def _quiet() -> None:
+    """Lightning announces devices and worker counts; neither is news here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*IterableDataset.*__len__.*")
+    warnings.filterwarnings("ignore", message=".*You're resuming from a checkpoint that ended.*")
+    warnings.filterwarnings("ignore", message=".*resuming from a checkpoint.*")
+    warnings.filterwarnings("ignore", message=".*batching rule.*")
+
+
+class _Watch(L.Callback):
+    """Reports, validates and saves the state of a training."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: Data,
+        card: Card,
+        state: _State,
+        device: torch.device,
+        progress: Callable[[int], None],
+        log: Log,
+    ) -> None:
+        self.config, self.data, self.card, self.state = config, data, card, state
+        self.device, self.progress, self.report = device, progress, log
+        self.started, self.started_step = time.monotonic(), 0
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint |= {"identity": self.state.identity, "seconds": self.seconds}
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the training, earlier sessions included."""
+        return self.state.seconds_before + time.monotonic() - self.started
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.started, self.started_step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, DenoiserTraining)
+        step, train = trainer.global_step, self.config.train
+        self.progress(step)
+        if step % train.log_every == 0 or step == train.steps:
+            self._log_training(step, outputs, trainer)
+        if step % train.validate_every == 0 or step == train.steps:
+            self._validate(step, pl_module)
+        if step % train.checkpoint_every == 0 and step < train.steps:
+            self._save(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt) and trainer.global_step:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        with replacing(self.state.path) as temporary:
+            trainer.save_checkpoint(temporary)
+
+    def _log_training(self, step: int, outputs: Any, trainer: L.Trainer) -> None:
+        values = {name: float(outputs[name]) for name in ("loss", "weight_error", "divergence")}
+        if not math.isfinite(values["loss"]):
+            raise MoleError(
+                f"training diverged: the loss is {values['loss']} at step {step}; lower train.learning_rate "
+                f"(now {self.config.train.learning_rate})"
+            )
+        rate = (step - self.started_step) / max(1e-9, time.monotonic() - self.started)
+        learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+        values |= {"learning_rate": learning_rate, "steps_per_second": rate}
+        self.report(step, {f"train/{name}": value for name, value in values.items()})
+
+    def _validate(self, step: int, module: DenoiserTraining) -> None:
+        """One pass from the first states of held-out runs, judged on prompt images."""
+        generator = Generator(_averaged(module, self.device), self.card, self.device, self.data.task)
+        starts = self.data.heldout.weights[:, 0]
+        drawn = generator.draw(starts, torch.full((len(starts),), self.card.prompt_range[0])).flat
+        found = self.data.task.measure(drawn.to(self.device), self.data.task.prompt)
+        self.report(
+            step,
+            {"val/one_pass_loss": float(found.loss.mean()), "val/one_pass_accuracy": float(found.accuracy.mean())},
+        )

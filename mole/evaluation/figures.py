@@ -1,0 +1,79 @@
+"""The three figures of a run, drawn from what the report holds and from nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mole.files import replacing
+
+# Okabe-Ito: told apart by colour-blind readers; one colour means one thing in every figure
+COLOURS = {
+    "generated": "#0072B2", "training": "#000000", "adam": "#D55E00", "sgd": "#E69F00",
+    "mean_of_16_aligned": "#009E73", "noise": "#CC79A7", "nearest_prompt_retrieval": "#56B4E9", "start": "#999999",
+}  # fmt: skip
+MARKERS = {"mean_of_16_aligned": "s", "noise": "^", "nearest_prompt_retrieval": "D", "start": "v", "training": "x"}
+LABELS = {
+    "generated": "generated, one pass", "training": "training networks", "mean_of_16_aligned": "mean of 16 aligned",
+    "noise": "training + noise", "nearest_prompt_retrieval": "nearest-prompt retrieval", "start": "start networks",
+}  # fmt: skip
+
+
+def draw_figures(folder: Path, report: dict[str, Any]) -> list[Path]:
+    """Write `alignment.png`, `optimisers.png` and `novelty.png`; returns their paths."""
+    figures = {"alignment": _alignment, "optimisers": _optimisers, "novelty": _novelty}
+    paths = []
+    for name, draw in figures.items():
+        figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure.add_subplot(), report)
+        with replacing(folder / f"{name}.png") as temporary:
+            figure.savefig(temporary, dpi=150)
+        paths.append(folder / f"{name}.png")
+    return paths
+
+
+def _alignment(axes: Axes, report: dict[str, Any]) -> None:
+    curve, scores = report["figures"]["alignment"], report["alignment"]
+    prompted, mean = np.array(curve["prompted"]), np.array(curve["achieved_mean"])
+    std = np.array(curve["achieved_std"])
+    axes.axvspan(*curve["zoo_range"], color="0.93", label="losses in the zoo")
+    low, high = prompted.min(), prompted.max()
+    axes.plot([low, high], [low, high], "--", color="0.4", label="identity")
+    axes.axhline(curve["noop"], color=COLOURS["start"], linestyle=":", label=f"start (R² {scores['noop_r2']:.2f})")
+    axes.plot(prompted, mean, "o-", color=COLOURS["generated"], label=f"one pass (R² {scores['r2_mean']:.3f})")
+    axes.fill_between(prompted, mean - std, mean + std, color=COLOURS["generated"], alpha=0.2, linewidth=0)
+    axes.set(xlabel="prompted loss, prompt images (nats)", ylabel="achieved loss, test images (nats)")
+    axes.set_title(f"Prompt alignment: {scores['starts']} held-out starts, mean ± standard deviation", fontsize=10)
+    axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.legend(frameon=False)
+
+
+def _optimisers(axes: Axes, report: dict[str, Any]) -> None:
+    one_pass = report["one_pass"]
+    for curve in report["figures"]["optimisers"]:
+        name = curve["optimizer"]
+        label = f"{name.capitalize()}, learning rate {curve['learning_rate']:g}"
+        accuracy = np.array(curve["accuracy"], dtype=float)
+        axes.plot(curve["steps"], accuracy, color=COLOURS[name], label=label)
+    one = f"one pass, {one_pass['accuracy_mean']:.3f}"
+    axes.axhline(one_pass["accuracy_mean"], color=COLOURS["generated"], label=one)
+    trained = f"training networks, {one_pass['trained_accuracy_mean']:.3f}"
+    axes.axhline(one_pass["trained_accuracy_mean"], color=COLOURS["training"], linestyle=":", label=trained)
+    axes.set(xlabel="optimiser steps from the same starts", ylabel="mean test accuracy")
+    axes.set_title(f"One pass against optimisers: {one_pass['starts']} held-out starts", fontsize=10)
+    axes.legend(frameon=False, loc="lower right")
+
+
+def _novelty(axes: Axes, report: dict[str, Any]) -> None:
+    for name, points in report["figures"]["novelty"].items():
+        axes.scatter(
+            points["distance"], points["accuracy"], s=14, alpha=0.7, color=COLOURS[name],
+            marker=MARKERS.get(name, "o"), label=LABELS[name],
+        )  # fmt: skip
+    axes.set(xlabel="distance to the nearest training network, modulo permutation", ylabel="test accuracy")
+    axes.set_title("Accuracy against novelty", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="best")

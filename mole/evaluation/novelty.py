@@ -1,0 +1,92 @@
+"""How far generated networks are from the training networks, in weights and in mistakes.
+
+Distances are Euclidean over the plain weights, minimised over the order of interchangeable neurons
+(Zeng et al. 2025): a permuted copy is no new network.
+
+Dimensions: N and M networks, P parameters, H neurons, B images.
+"""
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from mole.representations import NeuronView, WeightSpec
+
+
+class PermutationDistance:
+    """Distances between networks modulo the order of their hidden neurons.
+
+    Example:
+        >>> distance = PermutationDistance(task.spec)
+        >>> distance.nearest(generated, training).shape
+        torch.Size([64])
+    """
+
+    def __init__(self, spec: WeightSpec) -> None:
+        self.view = NeuronView(spec)
+        self.groups = len(spec.groups)
+
+    def pairwise(self, first: Tensor, second: Tensor) -> Tensor:
+        """Distances (N, M) between networks (N, P) and (M, P)."""
+        tokens, others = self.view.encode(first), self.view.encode(second)
+        squared = np.zeros((len(first), len(second)))
+        for kind, (a, b) in enumerate(zip(tokens, others, strict=True)):
+            a, b = a.double(), b.double()
+            if kind >= self.groups:  # what belongs to no group has one order only
+                squared += torch.cdist(a.flatten(1), b.flatten(1)).square().numpy()
+                continue
+            for row, network in enumerate(a):
+                costs = torch.cdist(network.expand(len(b), -1, -1), b).square().numpy()  # (M, H, H)
+                squared[row] += [cost[linear_sum_assignment(cost)].sum() for cost in costs]
+        return torch.from_numpy(np.sqrt(np.maximum(squared, 0)))
+
+    def nearest(self, first: Tensor, second: Tensor, *, exclude: Tensor | None = None) -> Tensor:
+        """Distance (N,) from each network to the nearest of `second`.
+
+        Args:
+            first: (N, P).
+            second: (M, P).
+            exclude: (N,), per network the index in `second` that does not count (itself).
+        """
+        distances = self.pairwise(first, second)
+        if exclude is not None:
+            distances[torch.arange(len(first)), exclude] = torch.inf
+        return distances.min(1).values
+
+    def align(self, flat: Tensor, reference: Tensor) -> Tensor:
+        """Networks (N, P) with their hidden neurons in the order that lies nearest to `reference` (P,)."""
+        tokens, wanted = self.view.encode(flat), self.view.encode(reference[None])
+        for kind in range(self.groups):
+            costs = torch.cdist(wanted[kind].double().expand(len(flat), -1, -1), tokens[kind].double()).square()
+            order = torch.from_numpy(np.stack([linear_sum_assignment(cost)[1] for cost in costs.numpy()]))  # (N, H)
+            tokens[kind] = tokens[kind].gather(1, order[..., None].expand_as(tokens[kind]))
+        return self.view.decode(tokens)
+
+
+def max_wrong_iou(wrong: Tensor, training_wrong: Tensor, *, exclude: Tensor | None = None) -> Tensor:
+    """Behavioural similarity to the most similar training network: (N,), 1 for the same mistakes.
+
+    Intersection over union of the sets of misclassified images, maximised over training networks.
+
+    Args:
+        wrong: (N, B) bool.
+        training_wrong: (M, B) bool.
+        exclude: (N,), per network the index of the training network that does not count.
+    """
+    a, b = wrong.float(), training_wrong.float()
+    both = a @ b.T
+    either = a.sum(1)[:, None] + b.sum(1)[None] - both
+    iou = torch.where(either > 0, both / either.clamp_min(1), 1.0)  # two faultless networks are alike
+    if exclude is not None:
+        iou[torch.arange(len(a)), exclude] = -1
+    return iou.max(1).values
+
+
+def dispersion(generated: Tensor, training: Tensor) -> float:
+    """Root-mean-square spread of generated over that of training networks: 1 is right, 0 is collapsed."""
+    return _spread(generated) / _spread(training)
+
+
+def _spread(flat: Tensor) -> float:
+    return float((flat - flat.mean(0)).square().sum(1).mean().sqrt())

@@ -1,0 +1,17 @@
+"""What a network is: its weights as one flat vector, what is interchangeable in it, and views."""
+
+from mole.representations.neurons import NeuronView
+from mole.representations.normalise import EntryScale
+from mole.representations.spec import Entry, WeightSpec
+from mole.representations.symmetry import SymmetryError, check_groups, derive_groups, permute
+
+__all__ = [
+    "Entry",
+    "EntryScale",
+    "NeuronView",
+    "SymmetryError",
+    "WeightSpec",
+    "check_groups",
+    "derive_groups",
+    "permute",
+]

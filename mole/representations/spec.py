@@ -1,0 +1,138 @@
+"""The canonical object: one flat vector per network, and the specification that reads it.
+
+Dimensions: N networks (any leading shape), P parameters of one network.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mole.errors import MoleError
+from mole.files import value_digest
+from mole.representations.symmetry import derive_groups
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a network: where it lies in the flat vector, and what its axes are."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    axes: tuple[str | None, ...]
+    """Per axis the group of interchangeable neurons it runs over, or None."""
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.size
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """Names, shapes and interchangeable axes of a network's weights.
+
+    Example:
+        >>> spec = WeightSpec.of(nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)))
+        >>> spec.size, spec.groups
+        (1210, {'0': 16})
+    """
+
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "WeightSpec":
+        """The specification of `module`, its symmetry derived and proved numerically.
+
+        Raises:
+            MoleError: a tensor is not float32, or is shared by two names.
+        """
+        axes = derive_groups(module)
+        entries, offset, owners = [], 0, {}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if tensor.dtype != torch.float32:
+                raise MoleError(f"{name} is {tensor.dtype}; legal is torch.float32: convert with module.float()")
+            if id(tensor) in owners:
+                raise MoleError(f"{name} and {owners[id(tensor)]} are one tensor; tied weights cannot be represented")
+            owners[id(tensor)] = name
+            shape = tuple(tensor.shape)
+            entries.append(Entry(name, shape, offset, axes.get(name, (None,) * len(shape))))
+            offset = entries[-1].stop
+        return cls(tuple(entries))
+
+    @property
+    def size(self) -> int:
+        """Parameters of one network, P."""
+        return self.entries[-1].stop if self.entries else 0
+
+    @cached_property
+    def groups(self) -> dict[str, int]:
+        """Each group of interchangeable neurons and how many there are."""
+        found: dict[str, int] = {}
+        for entry in self.entries:
+            for group, length in zip(entry.axes, entry.shape, strict=True):
+                if group is not None:
+                    found[group] = length
+        return found
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of names, shapes and axes: equal for networks that one generator can serve."""
+        return value_digest(self.to_json())
+
+    def flatten(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Weights as one vector.
+
+        Args:
+            state: name to tensor of shape (*N, *entry.shape), float32.
+
+        Returns:
+            (*N, P), in the order of `entries`.
+
+        Raises:
+            MoleError: naming every tensor that is missing, unexpected or of another shape.
+        """
+        self.check(state)
+        lead = next(iter(state.values())).shape[: -len(self.entries[0].shape) or None]
+        return torch.cat([state[e.name].reshape(*lead, e.size) for e in self.entries], -1)
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """The inverse of `flatten`: views into `flat` of shape (*N, P)."""
+        if flat.shape[-1] != self.size:
+            raise MoleError(f"a vector of {flat.shape[-1]} parameters; this network has {self.size}")
+        lead = flat.shape[:-1]
+        return {e.name: flat[..., e.offset : e.stop].reshape(*lead, *e.shape) for e in self.entries}
+
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse a state whose names, shapes or dtypes are not these."""
+        wanted = {e.name: e.shape for e in self.entries}
+        faults = [f"{name} is missing (shape {shape})" for name, shape in wanted.items() if name not in state]
+        faults += [f"{name} is unexpected" for name in state if name not in wanted]
+        for name, shape in wanted.items():
+            found = state.get(name)
+            if found is not None and tuple(found.shape[found.ndim - len(shape) :]) != shape:
+                faults.append(f"{name} has shape {tuple(found.shape)}, expected {shape}")
+            elif found is not None and found.dtype != torch.float32:
+                faults.append(f"{name} is {found.dtype}, expected torch.float32")
+        if faults:
+            raise MoleError("these weights do not fit the network: " + "; ".join(faults))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain values that `from_json` reads back."""
+        return [{"name": e.name, "shape": list(e.shape), "axes": list(e.axes)} for e in self.entries]
+
+    @classmethod
+    def from_json(cls, value: list[dict[str, Any]]) -> "WeightSpec":
+        entries, offset = [], 0
+        for item in value:
+            entries.append(Entry(item["name"], tuple(item["shape"]), offset, tuple(item["axes"])))
+            offset = entries[-1].stop
+        return cls(tuple(entries))

@@ -1,0 +1,170 @@
+"""Which stages there are, what each depends on, and whether it has been done. Imports no torch.
+
+A finished stage leaves `stages/<name>.json` in the run folder: the fingerprint of what went in, the
+digests of what came out, the seconds it took and its part of the report.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import mole
+from mole.config import Config
+from mole.errors import CorruptFileError
+from mole.files import file_digest, read_json, value_digest, write_json
+
+StageName = Literal["harvest", "train", "sample", "evaluate", "rank"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+
+_UPSTREAM: dict[StageName, StageName] = {
+    "train": "harvest", "sample": "train", "evaluate": "train", "rank": "sample",
+}  # fmt: skip
+_SECTIONS: dict[StageName, tuple[str, ...]] = {
+    "harvest": ("seed", "task", "harvest"),
+    "train": ("generator", "train"),
+    "sample": ("sample",),
+    "evaluate": ("evaluate",),
+    "rank": ("rank",),
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of one run lies."""
+
+    root: Path
+
+    @property
+    def zoo(self) -> Path:
+        return self.root / "zoo"
+
+    @property
+    def generator(self) -> Path:
+        return self.root / "generator"
+
+    @property
+    def training_state(self) -> Path:
+        return self.root / "training.ckpt"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples"
+
+    @property
+    def leaderboard(self) -> Path:
+        return self.root / "rank" / "leaderboard.csv"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "provenance" / "ledger.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.csv"
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "figures"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.json"
+
+    def marker(self, stage: StageName) -> Path:
+        return self.root / "stages" / f"{stage}.json"
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What a finished stage leaves behind."""
+
+    fingerprint: str
+    outputs: dict[str, str]
+    """Path in the run folder to SHA-256."""
+    seconds: float
+    result: dict[str, Any]
+    """The stage's part of the report."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a stage runs, and why."""
+
+    run: bool
+    reason: str
+
+
+def fingerprint(config: Config, folder: RunFolder, stage: StageName) -> str:
+    """Identity of all that decides a stage's result: configuration, inputs and version."""
+    values = config.model_dump(mode="json")
+    upstream = _UPSTREAM.get(stage)
+    marker = read_marker(folder, upstream) if upstream else None
+    return value_digest(
+        {
+            "stage": stage,
+            "version": mole.__version__,
+            "config": {key: values[key] for key in _SECTIONS[stage]},
+            "inputs": [marker.fingerprint, marker.outputs] if marker else None,
+        }
+    )
+
+
+def read_marker(folder: RunFolder, stage: StageName) -> Marker | None:
+    """The marker of a stage; None where there is none or it is damaged."""
+    try:
+        return Marker(**read_json(folder.marker(stage)))
+    except (FileNotFoundError, CorruptFileError, TypeError):
+        return None
+
+
+def write_marker(folder: RunFolder, config: Config, stage: StageName, outputs: list[Path], seconds: float,
+                 result: dict[str, Any]) -> None:  # fmt: skip
+    """Declare a stage finished, with the digests of its files."""
+    digests = {path.relative_to(folder.root).as_posix(): file_digest(path) for path in sorted(outputs)}
+    mark = {"fingerprint": fingerprint(config, folder, stage), "outputs": digests, "seconds": seconds, "result": result}
+    write_json(folder.marker(stage), mark)
+
+
+def decide(config: Config, folder: RunFolder, stage: StageName) -> Decision:
+    """Whether a stage must run: it has not finished, its inputs changed, or its files were damaged."""
+    marker = read_marker(folder, stage)
+    if marker is None:
+        return Decision(True, "not done yet")
+    if marker.fingerprint != fingerprint(config, folder, stage):
+        return Decision(True, "its configuration or its inputs changed")
+    for name, digest in marker.outputs.items():
+        path = folder.root / name
+        if not path.is_file():
+            return Decision(True, f"{name} is missing")
+        if file_digest(path) != digest:
+            return Decision(True, f"{name} is truncated or altered")
+    return Decision(False, "unchanged")
+
+
+def plan(config: Config, folder: RunFolder, stages: tuple[StageName, ...]) -> dict[StageName, Decision]:
+    """What each of these stages would do now; a stage after one that runs is expected to run."""
+    decisions: dict[StageName, Decision] = {}
+    for stage in stages:
+        upstream = _UPSTREAM.get(stage)
+        if upstream and upstream in decisions and decisions[upstream].run:
+            decisions[stage] = Decision(True, f"after {upstream}")
+        else:
+            decisions[stage] = decide(config, folder, stage)
+    return decisions
+
+
+def missing_inputs(folder: RunFolder, stages: tuple[StageName, ...]) -> list[StageName]:
+    """Stages that these ones need, that are not among them and have never finished."""
+    needed: list[StageName] = []
+    for stage in stages:
+        upstream = _UPSTREAM.get(stage)
+        while upstream and upstream not in stages:
+            if read_marker(folder, upstream) is None and upstream not in needed:
+                needed.append(upstream)
+            upstream = _UPSTREAM.get(upstream)
+    return sorted(needed, key=STAGES.index)
+
+
+def read_report(folder: RunFolder) -> dict[str, Any]:
+    """The report of a finished run."""
+    return read_json(folder.report)

@@ -1,0 +1,77 @@
+"""What a person sees while a run goes on: a bar on a terminal, a line about every 30 s elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from mole.reporting import Advance
+
+SILENCE = 30.0
+"""Seconds between two lines where there is no terminal."""
+
+
+class BarReporter:
+    """One progress bar per stage, with rate and time left."""
+
+    def say(self, line: str) -> None:
+        tqdm.write(line, file=sys.stdout)
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+        with tqdm(total=total, desc=f"{name:<8}", unit=f" {unit}", unit_scale=True, file=sys.stderr) as bar:
+
+            def advance(done: int) -> None:
+                if bar.n == 0 and done > total // 1000 and time.time() - bar.start_t < 0.5:
+                    bar.initial = done  # resumed: what was done before does not count for the rate
+                bar.update(done - bar.n)
+
+            yield advance
+
+
+class LineReporter:
+    """A line when a stage begins and ends, and about every 30 s between."""
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+        began = told = time.monotonic()
+        first: list[int] = []
+
+        def advance(done: int) -> None:
+            nonlocal told
+            first[:] = first or [done]
+            now = time.monotonic()
+            if now - told >= SILENCE and done > first[0]:
+                told = now
+                rate = (done - first[0]) / (now - began)
+                left = (total - done) / rate
+                self.say(f"{name}: {done:,} of {total:,} {unit}, {rate:,.1f} {unit}/s, {duration(left)} left")
+
+        self.say(f"{name}: {total:,} {unit}")
+        yield advance
+        self.say(f"{name}: finished in {duration(time.monotonic() - began)}")
+
+
+def reporter() -> BarReporter | LineReporter:
+    """What suits where the output goes."""
+    return BarReporter() if sys.stdout.isatty() and sys.stderr.isatty() else LineReporter()
+
+
+def duration(seconds: float) -> str:
+    """`7 s`, `3 min 20 s` or `2 h 5 min`.
+
+    Example:
+        >>> duration(200)
+        '3 min 20 s'
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
