@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from mole import stages as staging
 from mole.config import Config, keys, load, to_yaml
 from mole.errors import ConfigError, MoleError
 from mole.stages import STAGES, RunFolder, StageName
+
+BEGAN = time.perf_counter()
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = ROOT / "configs" / "digits.yaml"
@@ -189,7 +192,7 @@ def _run(request: Request) -> int:
         from mole.pipeline import run
         from mole.terminal import reporter
 
-        report = run(request.config, request.out, request.stages, reporter())
+        report = run(request.config, request.out, request.stages, reporter(), began=BEGAN)
     else:
         for stage, decision in plan.items():
             print(f"{stage}: done already, {decision.reason}; skipped")

@@ -21,6 +21,7 @@ Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+LearningRates = Annotated[list[Positive], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -80,13 +81,13 @@ class TrainConfig(Section):
 
     steps: Count = 3000
     batch_size: Count = 64
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 2e-3
     warmup_steps: Natural = 100
     weight_decay: NonNegative = 0.0
     gradient_clip: Positive = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Largest decay of the moving average of the weights; it is smaller in the first steps."""
-    function_weight: NonNegative = 0.3
+    function_weight: NonNegative = 10.0
     """Weight of the divergence between what the predicted and the true network compute on training images."""
     function_images: Count = 128
     """Training images per step for that divergence."""
@@ -120,11 +121,11 @@ class EvaluateConfig(Section):
     """Held-out starts of the one-pass and the alignment figures."""
     prompts: Annotated[int, Field(ge=2)] = 20
     """Prompts per start, from the zoo's best loss to the start's loss."""
-    optimizer_steps: Count = 300
+    optimizer_steps: Count = 600
     """Steps the optimisers get to match one pass."""
-    adam_learning_rates: list[Positive] = Field([0.003, 0.01, 0.03], min_length=1)
+    adam_learning_rates: LearningRates = [0.003, 0.01, 0.03]
     """Tried on the prompt images; the best one is reported."""
-    sgd_learning_rates: list[Positive] = Field([0.03, 0.1, 0.3], min_length=1)
+    sgd_learning_rates: LearningRates = [0.03, 0.1, 0.3]
 
 
 class RankConfig(Section):
@@ -271,7 +272,7 @@ def _nest(key: str, value: Any) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], layer: dict[str, Any], origin: dict[str, str], source: str, prefix: str = "") -> None:
-    for key, value in layer.items():
+    for key, value in ((str(name), value) for name, value in layer.items()):
         path = f"{prefix}{key}"
         origin[path] = source
         if isinstance(value, dict) and isinstance(base.get(key), dict):

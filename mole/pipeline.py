@@ -78,7 +78,9 @@ class Run:
         self.tracker.log({**values, f"{stage}/step": step})
 
 
-def run(config: Config, root: Path, stages: tuple[StageName, ...], reporter: Reporter) -> dict[str, Any]:
+def run(
+    config: Config, root: Path, stages: tuple[StageName, ...], reporter: Reporter, *, began: float
+) -> dict[str, Any]:
     """Run the stages that are not done yet; returns the report, which is also written.
 
     Args:
@@ -86,6 +88,7 @@ def run(config: Config, root: Path, stages: tuple[StageName, ...], reporter: Rep
         root: the run folder.
         stages: which stages, in order; those they depend on must have finished.
         reporter: told the progress.
+        began: `time.perf_counter()` when the process began; the start-up counts for the first stage.
 
     Raises:
         MoleError: something the user can mend.
@@ -106,27 +109,35 @@ def run(config: Config, root: Path, stages: tuple[StageName, ...], reporter: Rep
                 continue
             if read_marker(folder, stage) is not None:
                 reporter.say(f"{stage}: runs again, {decision.reason}")
-            _finish(current, stage, STAGE_FUNCTIONS[stage])
+            began = _finish(current, stage, STAGE_FUNCTIONS[stage], began)
     finally:
         tracker.finish()
     return write_report(config, folder)
 
 
-def _finish(current: Run, stage: StageName, function: Callable[[Run], Result]) -> None:
-    """Run one stage and declare it finished."""
-    folder, began = current.folder, time.perf_counter()
+def _finish(current: Run, stage: StageName, function: Callable[[Run], Result], began: float) -> float:
+    """Run one stage and declare it finished; returns when that was."""
+    folder = current.folder
     remove(folder.marker(stage))
     if stage != "train":  # a training may continue, and keeps the rows of what it has done
         current.metrics.rewind(stage, -1)
     outputs, result = function(current)
-    seconds = result.pop("seconds_spent", time.perf_counter() - began)
+    ended = time.perf_counter()
+    seconds = ended - began + result.pop("seconds_before", 0.0)
     result["machine"] = _machine(current.device)
     write_marker(folder, current.config, stage, outputs, seconds, result)
     write_report(current.config, folder)
+    return ended
 
 
 def choose_device(config: Config) -> torch.device:
-    """CUDA where there is one, unless told otherwise."""
+    """CUDA where there is one, unless told otherwise.
+
+    Raises:
+        MoleError: CUDA was asked for and is not there.
+    """
+    if config.runtime.device == "cuda" and not torch.cuda.is_available():
+        raise MoleError("runtime.device is cuda, but PyTorch finds no such device; legal here: auto, cpu")
     if config.runtime.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(config.runtime.device)
@@ -147,7 +158,7 @@ def harvest(current: Run) -> Result:
     total = settings.runs + settings.heldout_runs
     seeds = [config.seed * SEEDS_PER_CONFIG + index for index in range(total)]
     groups = [seeds[low : low + settings.group_size] for low in range(0, total, settings.group_size)]
-    done = 0
+    done, before = 0, writer.seconds()
     with current.reporter.stage("harvest", total * config.task.steps, "steps") as advance:
         for index, group in enumerate(groups):
             base = done
@@ -181,7 +192,8 @@ def harvest(current: Run) -> Result:
         "train_runs": settings.runs, "heldout_runs": settings.heldout_runs, "train_images": len(task.train),
         "prompt_images": len(task.prompt), "test_images": len(task.test),
     }  # fmt: skip
-    return list(current.folder.zoo.glob("*.*")), {"harvest": report, "split": split, "seconds_spent": seconds}
+    outputs = [current.folder.zoo / "zoo.json", *current.folder.zoo.glob("shard-*")]
+    return outputs, {"harvest": report, "split": split, "seconds_before": before}
 
 
 def _write_shard(
@@ -203,7 +215,7 @@ def train(current: Run) -> Result:
     training, heldout = current.zoo
     resumed = folder.training_state.exists()
     with current.reporter.stage("train", config.train.steps, "steps") as advance:
-        generator, seconds = train_generator(
+        generator, seconds, before = train_generator(
             config,
             Data(current.task, training, heldout),
             folder.training_state,
@@ -232,7 +244,7 @@ def train(current: Run) -> Result:
         "seconds": seconds, "steps_per_second": config.train.steps / max(seconds, 1e-9), "resumed": resumed,
         "digest": generator.digest,
     }  # fmt: skip
-    return list(folder.generator.iterdir()), {"train": report, "seconds_spent": seconds}
+    return list(folder.generator.iterdir()), {"train": report, "seconds_before": before}
 
 
 def sample(current: Run) -> Result:

@@ -36,7 +36,7 @@ def choose_mode(config: TrackingConfig) -> tuple[Mode, str]:
         return mode, f"wandb {mode}, as asked"
     if not _has_key():
         return "offline", "wandb offline: no key found (WANDB_API_KEY or `wandb login`)"
-    if not server_answers():
+    if not server_answers(PATIENCE):
         return "offline", f"wandb offline: {server()} does not answer"
     return "online", f"wandb online at {server()}"
 
@@ -57,7 +57,7 @@ def _has_key() -> bool:
     return False
 
 
-def server_answers(patience: float = PATIENCE) -> bool:
+def server_answers(patience: float) -> bool:
     """Whether the wandb server sends any HTTP response within `patience` seconds."""
     try:
         with urllib.request.urlopen(f"{server()}/healthz", timeout=patience):  # noqa: S310 - the user's own server
@@ -72,7 +72,8 @@ class Tracker:
     """One wandb run; every fault of wandb becomes a warning, and the run goes on without it."""
 
     def __init__(self, config: TrackingConfig, *, name: str, folder: Path, settings: dict[str, Any]) -> None:
-        self.mode, self.line = choose_mode(config)
+        mode, self.line = choose_mode(config)
+        self.mode: Mode = mode
         self._run: Any = None
         if self.mode != "disabled":
             self._guard(self._start, config.project, name, folder, settings)

@@ -14,7 +14,7 @@ from mole.config import TaskConfig
 from mole.tasks import Task
 
 Progress = Callable[[int], None]
-"""Called with the number of steps just done."""
+"""Told the network-steps done so far: networks times optimiser steps."""
 
 
 def kept_steps(steps: int, count: int) -> list[int]:
@@ -76,7 +76,7 @@ def train_population(
         seeds: one per network.
         keep: increasing steps whose states are kept; 0 is the initialisation.
         initial: weights (N, P) to start from instead of fresh ones.
-        progress: told the network-steps done (N per optimiser step).
+        progress: told the network-steps done so far, N per optimiser step.
 
     Returns:
         (N, K, P) float32. A run that diverges holds NaN or infinity from there on.
@@ -103,5 +103,5 @@ def train_population(
         losses(state, batch, task.train.labels[index]).sum().backward()
         optimizer.step()
         if progress is not None:
-            progress(len(seeds))
+            progress(len(seeds) * (step + 1))
     return torch.stack(kept, 1)

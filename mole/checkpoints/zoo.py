@@ -3,6 +3,7 @@
     zoo/zoo.json                    format, task, recipe, steps kept, the weight specification
     zoo/shard-00000.safetensors     weights (runs, steps, P), loss and accuracy (runs, steps), seeds (runs)
     zoo/shard-00000.json            digest of the shard; a shard counts once this file stands
+    zoo/seconds.json                seconds that each shard took
 
 Dimensions: R runs, K kept states, P parameters.
 """
@@ -143,11 +144,18 @@ class ZooWriter:
         with replacing(self.folder / f"{name}.safetensors") as temporary:
             save_file(tensors, temporary)
         digest = file_digest(self.folder / f"{name}.safetensors")
-        write_json(self.folder / f"{name}.json", {"runs": len(seeds), "seconds": seconds, "sha256": digest})
+        write_json(self.folder / f"{name}.json", {"runs": len(seeds), "sha256": digest})
+        write_json(self.folder / "seconds.json", {**self._seconds(), name: seconds})
 
     def seconds(self) -> float:
         """What all the shards took, in whichever session they were made."""
-        return sum(read_json(path)["seconds"] for path in self.folder.glob("shard-*.json"))
+        return sum(s for name, s in self._seconds().items() if (self.folder / f"{name}.json").exists())
+
+    def _seconds(self) -> dict[str, float]:
+        try:
+            return read_json(self.folder / "seconds.json")
+        except (FileNotFoundError, CorruptFileError):
+            return {}
 
     def trim(self, shards: int) -> None:
         """Delete shards beyond the first `shards`: those of an earlier, larger harvest."""

@@ -1,6 +1,7 @@
 """Generated networks, each with the record of where it came from."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,8 @@ class Sample:
 
     def save(self, path: str | Path) -> None:
         """Write a plain safetensors file; the digests of its origin stand in the file's metadata."""
-        metadata = {key: str(self.provenance[key]) for key in ("generator", "zoo", "weights")}
+        origin = {key: self.provenance[key] for key in ("generator", "zoo", "weights")}
+        metadata = {"mole": json.dumps(origin)}  # one key: the format does not keep the order of several
         with replacing(Path(path)) as temporary:
             save_file(self.state_dict(), temporary, metadata=metadata)
 

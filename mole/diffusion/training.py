@@ -50,8 +50,9 @@ def train_generator(
     progress: Callable[[int], None],
     log: Log,
     on_resume: Callable[[int], None] = lambda step: None,
-) -> tuple[Generator, float]:
-    """Train the denoiser of `config`; returns it with its averaged weights, and the seconds it took.
+) -> tuple[Generator, float, float]:
+    """Train the denoiser of `config`; returns it with its averaged weights, the seconds it took
+    in all, and those of earlier sessions among them.
 
     Args:
         config: the sections `generator` and `train`, and the seed.
@@ -102,7 +103,7 @@ def train_generator(
             trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=resume, weights_only=True)
         except SystemExit:  # Lightning turns Ctrl-C into an exit
             raise KeyboardInterrupt from None
-    return Generator(_averaged(module, device), card, device, data.task), watch.seconds
+    return Generator(_averaged(module, device), card, device, data.task), watch.seconds, spent
 
 
 def _averaged(module: DenoiserTraining, device: torch.device) -> Denoiser:
@@ -142,6 +143,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*You're resuming from a checkpoint that ended.*")
     warnings.filterwarnings("ignore", message=".*resuming from a checkpoint.*")
     warnings.filterwarnings("ignore", message=".*batching rule.*")
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
 
 
 class _Watch(L.Callback):

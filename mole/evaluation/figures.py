@@ -16,6 +16,7 @@ COLOURS = {
     "mean_of_16_aligned": "#009E73", "noise": "#CC79A7", "nearest_prompt_retrieval": "#56B4E9", "start": "#999999",
 }  # fmt: skip
 MARKERS = {"mean_of_16_aligned": "s", "noise": "^", "nearest_prompt_retrieval": "D", "start": "v", "training": "x"}
+OPTIMISERS = {"adam": "Adam", "sgd": "SGD, Nesterov momentum"}
 LABELS = {
     "generated": "generated, one pass", "training": "training networks", "mean_of_16_aligned": "mean of 16 aligned",
     "noise": "training + noise", "nearest_prompt_retrieval": "nearest-prompt retrieval", "start": "start networks",
@@ -40,7 +41,7 @@ def _alignment(axes: Axes, report: dict[str, Any]) -> None:
     curve, scores = report["figures"]["alignment"], report["alignment"]
     prompted, mean = np.array(curve["prompted"]), np.array(curve["achieved_mean"])
     std = np.array(curve["achieved_std"])
-    axes.axvspan(*curve["zoo_range"], color="0.93", label="losses in the zoo")
+    axes.axvspan(*curve["zoo_range"], facecolor="0.92", edgecolor="0.6", linewidth=0.8, label="losses in the zoo")
     low, high = prompted.min(), prompted.max()
     axes.plot([low, high], [low, high], "--", color="0.4", label="identity")
     axes.axhline(curve["noop"], color=COLOURS["start"], linestyle=":", label=f"start (R² {scores['noop_r2']:.2f})")
@@ -56,7 +57,7 @@ def _optimisers(axes: Axes, report: dict[str, Any]) -> None:
     one_pass = report["one_pass"]
     for curve in report["figures"]["optimisers"]:
         name = curve["optimizer"]
-        label = f"{name.capitalize()}, learning rate {curve['learning_rate']:g}"
+        label = f"{OPTIMISERS[name]}, learning rate {curve['learning_rate']:g}"
         accuracy = np.array(curve["accuracy"], dtype=float)
         axes.plot(curve["steps"], accuracy, color=COLOURS[name], label=label)
     one = f"one pass, {one_pass['accuracy_mean']:.3f}"

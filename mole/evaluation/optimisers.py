@@ -33,7 +33,7 @@ def best_curve(
 
     The lowest loss at any step counts, so that a rate is not punished for overfitting later.
     """
-    keep = sorted({*range(0, min(steps, 50)), *range(50, steps, 5), steps})
+    keep = sorted({*range(0, min(steps, 30)), *range(30, min(steps, 100), 5), *range(100, steps, 20), steps})
     curves = []
     for rate in learning_rates:
         recipe = task.config.model_copy(

@@ -39,7 +39,7 @@ class Ledger:
             try:
                 record = json.loads(line)
                 identity = record.pop("id")
-            except (ValueError, KeyError, AttributeError):
+            except (ValueError, KeyError, AttributeError, TypeError):
                 raise CorruptFileError(
                     f"{self.path}:{number}: not a record of the ledger; move the file away"
                 ) from None

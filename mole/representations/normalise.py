@@ -19,12 +19,16 @@ class EntryScale:
     @classmethod
     def fit(cls, spec: WeightSpec, flat: Tensor) -> "EntryScale":
         """From networks (*N, P), with float64 statistics; a constant tensor keeps its scale."""
+        rows = flat.reshape(-1, spec.size)
+        total, square = torch.zeros(2, spec.size, dtype=torch.float64)
+        for part in rows.split(4096):  # a double of everything would take twice the zoo
+            total += part.double().sum(0).cpu()
+            square += part.double().square().sum(0).cpu()
         stds = []
         for entry in spec.entries:
-            values = flat[..., entry.offset : entry.stop]
-            mean = values.mean(dtype=torch.float64)
-            variance = (values.square().mean(dtype=torch.float64) - mean.square()).clamp_min(0)
-            std = float(variance.sqrt())
+            here, numbers = slice(entry.offset, entry.stop), entry.size * len(rows)
+            mean = total[here].sum() / numbers
+            std = float((square[here].sum() / numbers - mean.square()).clamp_min(0).sqrt())
             stds.append(std if std > 1e-12 else 1.0)
         return cls.of(spec, stds)
 

@@ -55,14 +55,17 @@ class WeightSpec:
         Raises:
             MoleError: a tensor is not float32, or is shared by two names.
         """
-        axes = derive_groups(module)
-        entries, offset, owners = [], 0, {}
-        for name, tensor in module.state_dict(keep_vars=True).items():
+        owners: dict[int, str] = {}
+        state = module.state_dict(keep_vars=True)
+        for name, tensor in state.items():
             if tensor.dtype != torch.float32:
                 raise MoleError(f"{name} is {tensor.dtype}; legal is torch.float32: convert with module.float()")
             if id(tensor) in owners:
                 raise MoleError(f"{name} and {owners[id(tensor)]} are one tensor; tied weights cannot be represented")
             owners[id(tensor)] = name
+        axes = derive_groups(module)
+        entries, offset = [], 0
+        for name, tensor in state.items():
             shape = tuple(tensor.shape)
             entries.append(Entry(name, shape, offset, axes.get(name, (None,) * len(shape))))
             offset = entries[-1].stop

@@ -1,0 +1,54 @@
+"""What several tests share: a small task, and one finished run of the tiny configuration."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from mole.config import TaskConfig
+from mole.tasks import Split, Task, load_task
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def digits() -> Task:
+    return load_task(TaskConfig(name="digits", hidden=16, steps=20))
+
+
+@pytest.fixture(scope="session")
+def toy() -> Task:
+    """Five numbers in, four hidden neurons, three classes; made-up data, for speed."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(size: int) -> Split:
+        labels = torch.arange(size) % 3
+        images = torch.randn(size, 5, generator=generator) + labels[:, None].float()
+        return Split(images, labels)
+
+    return Task(TaskConfig(hidden=4, batch_size=8, steps=12), split(33), split(18), split(15), classes=3)
+
+
+def run_command(
+    *arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None, code: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `train.py`, or `code`, with these arguments in a process of its own."""
+    program: Sequence[str] = ["-c", code] if code is not None else [str(ROOT / "train.py")]
+    return subprocess.run(
+        [sys.executable, *program, *arguments],
+        cwd=cwd, env={**os.environ, **(env or {})}, text=True, capture_output=True, timeout=600,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of configs/tiny.yaml."""
+    folder = tmp_path_factory.mktemp("tiny")
+    done = run_command("configs/tiny.yaml", "--out", str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder

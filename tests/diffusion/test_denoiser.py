@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from mole.config import GeneratorConfig
+from mole.diffusion.conditions import Conditions, fourier
+from mole.diffusion.denoiser import Denoiser
+from mole.diffusion.process import noise_level, noise_schedule, reverse
+from mole.representations import NeuronView, permute
+from mole.tasks import Task
+
+CONFIG = GeneratorConfig(width=16, layers=2, heads=2)
+
+
+def conditions(size: int) -> Conditions:
+    return Conditions(torch.linspace(0.5, 2.3, size), torch.linspace(0.1, 1, size))
+
+
+def shaken(task: Task) -> Denoiser:
+    """A denoiser with random weights everywhere: zero gates would make any test of it vacuous."""
+    denoiser = Denoiser(NeuronView(task.spec), CONFIG).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return denoiser
+
+
+def test_an_untrained_model_returns_its_start_exactly(toy: Task) -> None:
+    denoiser = Denoiser(NeuronView(toy.spec), CONFIG)
+    noised, start = torch.randn(2, 3, toy.spec.size)
+    assert torch.equal(denoiser(noised, start, torch.ones(3), conditions(3)), start)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_permuting_both_inputs_permutes_the_output(toy: Task, seed: int) -> None:
+    denoiser, generator = shaken(toy), torch.Generator().manual_seed(seed)
+    noised, start = torch.randn(2, 3, toy.spec.size, generator=generator).double()
+    order = {"0": torch.randperm(4, generator=generator)}
+    level = torch.tensor([0.2, 0.7, 1.0]).double()
+    asked = Conditions(*(c.double() for c in conditions(3)))
+
+    def move(flat: torch.Tensor) -> torch.Tensor:
+        index = permute(toy.spec, torch.arange(toy.spec.size, dtype=torch.float32)[None], order)[0].long()
+        return flat[:, index]
+
+    with torch.no_grad():
+        plain = denoiser(noised, start, level, asked)
+        moved = denoiser(move(noised), move(start), level, asked)
+        only_one = denoiser(move(noised), start, level, asked)
+    torch.testing.assert_close(moved, move(plain), rtol=0, atol=1e-12)
+    assert (only_one - move(plain)).abs().max() > 1e-2
+
+
+def test_every_condition_and_input_reaches_the_output(toy: Task) -> None:
+    denoiser = shaken(toy)
+    noised, start = torch.randn(2, 2, toy.spec.size).double()
+    base = [noised, start, torch.full((2,), 0.5).double(), torch.ones(2).double(), torch.ones(2).double()]
+
+    def call(values: list[torch.Tensor]) -> torch.Tensor:
+        return denoiser(values[0], values[1], values[2], Conditions(values[3], values[4])).detach()
+
+    for position in range(5):
+        other = list(base)
+        other[position] = other[position] * 0.5
+        assert (call(other) - call(base)).abs().max() > 1e-3, position
+
+
+def test_fourier_features_tell_near_losses_apart() -> None:
+    features = fourier(torch.tensor([0.1, 0.11]).log())
+    assert features.shape == (2, 64) and (features[0] - features[1]).norm() > 0.5
+
+
+def test_the_last_level_is_pure_noise_and_one_call_gives_the_prediction() -> None:
+    schedule = noise_schedule()
+    assert schedule.alphas_cumprod[-1] == 0 and noise_level(schedule, torch.tensor(999)) == 1
+    seen: list[torch.Tensor] = []
+
+    def denoise(noised: torch.Tensor, start: torch.Tensor, level: torch.Tensor, _: Conditions) -> torch.Tensor:
+        seen.append(level)
+        return start + 1
+
+    noise, start = torch.randn(2, 3, 5)
+    drawn = reverse(denoise, noise, start, conditions(3), 1)
+    assert drawn.evaluations == len(seen) == 1 and seen[0].tolist() == [1, 1, 1]
+    torch.testing.assert_close(drawn.flat, start + 1)
+
+
+@pytest.mark.parametrize("evaluations", [2, 4, 20])
+def test_more_calls_end_at_the_prediction_too(evaluations: int) -> None:
+    levels: list[float] = []
+
+    def denoise(noised: torch.Tensor, start: torch.Tensor, level: torch.Tensor, _: Conditions) -> torch.Tensor:
+        levels.append(float(level[0]))
+        return start
+
+    noise, start = torch.randn(2, 3, 5)
+    drawn = reverse(denoise, noise, start, conditions(3), evaluations)
+    assert drawn.evaluations == evaluations and levels == sorted(levels, reverse=True) and levels[0] == 1
+    torch.testing.assert_close(drawn.flat, start, rtol=1e-5, atol=1e-5)

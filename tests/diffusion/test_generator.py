@@ -1,0 +1,105 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from mole.config import GeneratorConfig
+from mole.diffusion import Generator
+from mole.diffusion.denoiser import Denoiser
+from mole.diffusion.generator import FORMAT, Card
+from mole.errors import CorruptFileError, MoleError, PromptWarning
+from mole.files import read_json, write_json
+from mole.representations import NeuronView
+from mole.tasks import Task
+
+
+@pytest.fixture
+def generator(digits: Task) -> Generator:
+    config = GeneratorConfig(width=16, layers=1, heads=2)
+    denoiser = Denoiser(NeuronView(digits.spec), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    card = Card(
+        format=FORMAT, denoiser=config, task=digits.config, layers=digits.layers, spec=digits.spec.to_json(),
+        scales=[0.1, 0.1, 0.2, 0.2], prompt_range=(0.1, 2.4), zoo="zoo-digest", train_steps=1, seed=0,
+    )  # fmt: skip
+    return Generator(denoiser.eval(), card, torch.device("cpu"), digits)
+
+
+def test_samples_are_plain_networks_with_their_origin(generator: Generator, tmp_path: Path) -> None:
+    samples = generator.sample(target_loss=0.15, n=3, seed=0)
+    assert len(samples) == 3 and len(samples[1:]) == 2 and samples.network_evaluations == 1
+    network = samples[0].module()
+    assert isinstance(network, nn.Sequential)
+    samples[0].save(tmp_path / "network.safetensors")
+    plain = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    plain.load_state_dict(load_file(tmp_path / "network.safetensors"))
+    images = torch.rand(5, 64)
+    assert torch.equal(plain(images), network(images))
+    record = samples[2].provenance
+    assert record["generator"] == generator.digest and record["zoo"] == "zoo-digest"
+    assert record["prompt"] == {"target_loss": 0.15} and record["index"] == 2 and record["seed"] == 0
+    assert record["start"]["kind"] == "fresh initialisation" and "torch" in record["versions"]
+
+
+def test_a_network_depends_on_seed_and_index_only(generator: Generator) -> None:
+    few, many = generator.sample(n=2, seed=3), generator.sample(n=5, seed=3)
+    torch.testing.assert_close(few.flat, many.flat[:2])
+    assert torch.equal(generator.sample(n=2, seed=3).flat, few.flat)
+    assert not torch.allclose(generator.sample(n=2, seed=4).flat, few.flat)
+
+
+def test_starts_can_be_given(generator: Generator, digits: Task) -> None:
+    starts = digits.initial([5, 6])
+    samples = generator.sample(n=2, starts=starts)
+    assert samples[0].provenance["start"]["kind"] == "given weights"
+    for wrong in (starts[:1], starts[:, :-1], starts * float("nan")):
+        with pytest.raises(MoleError, match=r"legal is \(2, 1210\), all finite"):
+            generator.sample(n=2, starts=wrong)
+
+
+@pytest.mark.parametrize("arguments", [{"target_loss": -1.0}, {"target_loss": float("nan")}, {"n": 0}, {"evaluations": 0}])
+def test_bad_arguments_are_refused(generator: Generator, arguments: dict[str, float]) -> None:
+    with pytest.raises(MoleError, match="legal is a target_loss above 0"):
+        generator.sample(**arguments)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("target", [0.05, 3.0])
+def test_a_prompt_outside_the_zoo_warns_and_states_the_range(generator: Generator, target: float) -> None:
+    with pytest.warns(PromptWarning, match=r"outside the losses of the zoo, 0\.1 to 2\.4"):
+        generator.sample(target_loss=target)
+
+
+def test_saved_and_loaded_it_draws_the_same(generator: Generator, tmp_path: Path) -> None:
+    saved = generator.save(tmp_path / "generator")
+    for path in (tmp_path, tmp_path / "generator"):
+        loaded = Generator.load(path)
+        assert loaded.digest == saved.digest
+        assert torch.equal(loaded.sample(n=2).flat, saved.sample(n=2).flat)
+
+
+def test_damaged_and_missing_files_are_named(generator: Generator, tmp_path: Path) -> None:
+    with pytest.raises(MoleError, match="no generator here"):
+        Generator.load(tmp_path)
+    generator.save(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    weights = (tmp_path / "model.safetensors").read_bytes()
+
+    (tmp_path / "model.safetensors").write_bytes(weights[:-4])
+    with pytest.raises(CorruptFileError, match=r"model\.safetensors: truncated or altered"):
+        Generator.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    for change, message in (
+        ({"format": 99}, "format 99; this version reads 1"),
+        ({"surprise": 1}, "surprise"),
+        ({"scales": "x"}, "scales"),
+        ({"denoiser": {**config["denoiser"], "width": 32}}, "do not fit"),
+        ({"spec": [{"name": 3}]}, "do not fit"),
+    ):
+        write_json(tmp_path / "config.json", {**config, **change})
+        with pytest.raises(CorruptFileError, match=message):
+            Generator.load(tmp_path)

@@ -1,0 +1,236 @@
+"""The main job as a person runs it, in processes of its own, with faults caused on purpose."""
+
+import csv
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch import nn
+
+import mole
+from mole.files import file_digest
+from mole.provenance import Ledger
+
+from .conftest import ROOT, run_command
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+REPORT = {
+    "harvest": "runs checkpoints parameters seconds checkpoints_per_second",
+    "split": "train_runs heldout_runs prompt_images test_images",
+    "one_pass": "starts network_evaluations accuracy_mean accuracy_std loss_mean trained_accuracy_mean "
+    "start_accuracy_mean adam_steps_to_match sgd_steps_to_match seconds_per_network",
+    "alignment": "prompts starts r2_mean spearman slope noop_r2",
+    "nulls": "mean_of_16_aligned noise nearest_prompt_retrieval start",
+    "novelty": "nearest_training_distance training_leave_one_out_distance ratio max_wrong_iou_mean dispersion",
+    "rank": "candidates kendall_tau top1_regret random_regret",
+    "seconds": "harvest train sample evaluate rank total",
+}
+
+
+def test_the_run_folder_holds_what_was_promised(tiny_run: Path) -> None:
+    report = json.loads((tiny_run / "report.json").read_text())
+    for section, keys in REPORT.items():
+        assert set(keys.split()) <= report[section].keys(), section
+    for null in report["nulls"].values():
+        assert null.keys() == {"accuracy_mean", "nearest_training_distance"}
+    assert report["split"] == {
+        "train_runs": 48, "heldout_runs": 16, "train_images": 1200, "prompt_images": 300, "test_images": 297,
+    }  # fmt: skip
+    assert report["harvest"]["runs"] == 64 and report["harvest"]["checkpoints"] == 64 * 8
+    assert report["one_pass"]["network_evaluations"] == 1
+    assert report["nulls"]["start"]["accuracy_mean"] == report["one_pass"]["start_accuracy_mean"]
+    assert report["nulls_at_least_as_accurate"] == [
+        name
+        for name, null in report["nulls"].items()
+        if null["accuracy_mean"] >= report["one_pass"]["accuracy_mean"]
+    ]
+    for name in ("alignment", "optimisers", "novelty"):
+        assert (tiny_run / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "train,10,train/loss," in (tiny_run / "metrics.csv").read_text()
+    assert "val/one_pass_accuracy" in (tiny_run / "metrics.csv").read_text()
+    assert "name: tiny" in (tiny_run / "config.yaml").read_text()
+    assert not list(tiny_run.rglob(".tmp-*")) and not (tiny_run / "training.ckpt").exists()
+
+
+def test_every_sample_is_a_plain_network_with_a_record(tiny_run: Path) -> None:
+    records = {r["file"]: r for r in Ledger(tiny_run / "provenance" / "ledger.jsonl").records if r["type"] == "network"}
+    files = sorted((tiny_run / "samples").iterdir())
+    assert [f"samples/{path.name}" for path in files] == sorted(records)
+    generator = mole.load(tiny_run)
+    for path in files:
+        network = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+        network.load_state_dict(load_file(path))
+        record = records[f"samples/{path.name}"]
+        assert record["generator"] == generator.digest and record["start"]["kind"] == "held-out run"
+        assert 48 <= record["start"]["seed"] < 64
+
+
+def test_the_ledger_leads_from_a_network_to_its_zoo(tiny_run: Path) -> None:
+    records = Ledger(tiny_run / "provenance" / "ledger.jsonl").records
+    by_type = {kind: [r for r in records if r["type"] == kind] for kind in ("zoo", "generator", "network")}
+    network = by_type["network"][0]
+    generator = next(r for r in by_type["generator"] if r["digest"] == network["generator"])
+    assert generator["wasDerivedFrom"]["zoo"] == by_type["zoo"][0]["digest"] == network["zoo"]
+
+
+def test_the_leaderboard_is_in_order_of_the_silhouette(tiny_run: Path) -> None:
+    rows = list(csv.DictReader((tiny_run / "rank" / "leaderboard.csv").open()))
+    scores = [float(row["silhouette"]) for row in rows]
+    assert len(rows) == 8 and scores == sorted(scores, reverse=True)
+    assert {row["file"] for row in rows} == {path.name for path in (tiny_run / "samples").iterdir()}
+
+
+def test_the_same_command_again_skips_every_stage(tiny_run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.*") if path.name != ".lock"}
+    code = "import sys\nfrom mole.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n    print('torch' in sys.modules)"
+    done = run_command("configs/tiny.yaml", "--out", str(tiny_run), code=code)
+    assert done.returncode == 0 and done.stdout.count("skipped") == 5 and "False" in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.*") if path.name != ".lock"}
+
+
+def test_a_changed_key_runs_what_depends_on_it_and_damaged_files_are_made_again(tiny_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_run, folder)
+    dry = run_command("configs/tiny.yaml", "--out", str(folder), "--rank.components", "5", "--dry-run").stdout
+    assert dry.count("would be skipped") == 4 and "rank: would run, its configuration or its inputs changed" in dry
+
+    digest = file_digest(folder / "generator" / "model.safetensors")
+    shard, network = folder / "zoo" / "shard-00001.safetensors", folder / "samples" / "00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    network.unlink()
+    done = run_command("configs/tiny.yaml", "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert "harvest: runs again, zoo/shard-00001.safetensors is truncated or altered" in done.stdout
+    assert "train: done already" in done.stdout
+    assert "sample: runs again, samples/00003.safetensors is missing" in done.stdout
+    assert "rank: done already" in done.stdout  # the same network came out again
+    assert file_digest(folder / "generator" / "model.safetensors") == digest
+
+
+KILL = """
+import os, signal, sys
+import mole.pipeline as pipeline
+from mole.checkpoints import ZooWriter
+from mole.diffusion import training
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+stage = sys.argv.pop(1)
+if stage == "harvest":
+    write = ZooWriter.write
+    ZooWriter.write = lambda self, index, *a, **k: die() if index == 1 else write(self, index, *a, **k)
+elif stage == "train":
+    save = training._Watch._save
+    training._Watch._save = lambda self, trainer: (save(self, trainer), die() if trainer.global_step == 40 else None)
+else:
+    mark = pipeline.write_marker
+    pipeline.write_marker = lambda f, c, name, *a: die() if name == stage else mark(f, c, name, *a)
+from mole.cli import main
+main()
+"""
+
+
+def test_killed_in_any_stage_the_same_command_ends_as_if_nothing_had_happened(tiny_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for stage in ("harvest", "train", "sample", "evaluate", "rank"):
+        done = run_command(stage, "configs/tiny.yaml", "--out", str(folder), code=KILL)
+        assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+        if stage == "harvest":
+            kept = (folder / "zoo" / "shard-00000.safetensors").stat().st_mtime_ns
+    done = run_command("configs/tiny.yaml", "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("skipped") == 4  # only the ranking, killed last, was left
+    assert (folder / "zoo" / "shard-00000.safetensors").stat().st_mtime_ns == kept
+    for path in sorted(tiny_run.glob("samples/*")) + [tiny_run / "generator" / "model.safetensors"]:
+        assert file_digest(path) == file_digest(folder / path.relative_to(tiny_run)), path.name
+    ours, theirs = (json.loads((f / "report.json").read_text()) for f in (folder, tiny_run))
+    assert ours["alignment"] == theirs["alignment"] and ours["rank"] == theirs["rank"]
+    steps = [row[1] for row in csv.reader((folder / "metrics.csv").open()) if row[2] == "train/loss"]
+    assert steps == ["10", "20", "30", "40", "50", "60"]
+
+
+INTERRUPT = """
+import os, signal, sys
+from mole.diffusion import training
+save = training._Watch._save
+def interrupt(self, trainer):
+    save(self, trainer)
+    if trainer.global_step == 20:
+        os.kill(os.getpid(), signal.SIGINT)
+training._Watch._save = interrupt
+from mole.cli import main
+main()
+"""
+
+
+def test_ctrl_c_keeps_what_is_done(tiny_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = run_command("configs/tiny.yaml", "--out", str(folder), "--only", "harvest,train", code=INTERRUPT)
+    assert done.returncode == 130 and "the same command continues" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (folder / "training.ckpt").exists()
+    again = run_command("configs/tiny.yaml", "--out", str(folder), "--only", "train")
+    assert again.returncode == 0
+    name = "generator/model.safetensors"
+    assert file_digest(folder / name) == file_digest(tiny_run / name)
+
+
+FULL = """
+import errno, os
+import mole.files
+real, count = os.fsync, [0]
+def fsync(descriptor):
+    count[0] += 1
+    if count[0] > 4:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    real(descriptor)
+os.fsync = fsync
+from mole.cli import main
+main()
+"""
+
+
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = run_command("configs/tiny.yaml", "--out", str(folder), "--only", "harvest", code=FULL)
+    assert done.returncode == 1 and "No space left on device" in done.stderr and "make room" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(folder.rglob(".tmp-*"))
+    assert run_command("configs/tiny.yaml", "--out", str(folder), "--only", "harvest").returncode == 0
+
+
+def test_diverging_networks_are_reported_without_a_traceback(tmp_path: Path) -> None:
+    done = run_command(
+        "configs/tiny.yaml", "--out", str(tmp_path), "--only", "harvest", "--task.optimizer", "sgd",
+        "--task.learning_rate", "1e30",
+    )  # fmt: skip
+    assert done.returncode == 1 and "every run diverged; lower task.learning_rate" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_runs_for_two_steps(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, with a data set of MNIST's shape where a config wants one."""
+    from mole.cli import parse
+    from mole.pipeline import run
+    from mole.terminal import LineReporter
+
+    from .tasks.test_tasks import write_npz
+
+    monkeypatch.setenv("MOLE_DATA", str(tmp_path))
+    monkeypatch.setattr("mole.evaluation.judge.REFERENCES", 2)
+    write_npz(tmp_path / "mnist.npz")
+    small = {
+        "task.steps": 2, "harvest.runs": 20, "harvest.heldout_runs": 2, "harvest.checkpoints": 3, "train.steps": 2,
+        "train.batch_size": 4, "sample.networks": 2, "evaluate.starts": 2, "evaluate.prompts": 2,
+        "evaluate.optimizer_steps": 2, "tracking.mode": "disabled",
+    }  # fmt: skip
+    arguments = [part for key, value in small.items() for part in (f"--{key}", str(value))]
+    request = parse([str(path), *arguments, "--out", str(tmp_path / "run")])
+    report = run(request.config, request.out, request.stages, LineReporter(), began=0.0)
+    assert report["train"]["steps"] == 2 and report["rank"]["candidates"] == 2
