@@ -87,13 +87,13 @@ class TrainConfig(Section):
     gradient_clip: Positive = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Largest decay of the moving average of the weights; it is smaller in the first steps."""
-    function_weight: NonNegative = 10.0
+    function_weight: NonNegative = 100.0
     """Weight of the divergence between what the predicted and the true network compute on training images."""
     function_images: Count = 128
     """Training images per step for that divergence."""
-    one_pass_fraction: Fraction = 0.34
+    one_pass_fraction: Fraction = 0.67
     """Share of a batch that is noised completely: what a single evaluation sees."""
-    initial_fraction: Fraction = 0.34
+    initial_fraction: Fraction = 0.67
     """Share of a batch that starts from the run's first state."""
     log_every: Count = 50
     """Steps between two rows of `metrics.csv`."""

@@ -19,7 +19,9 @@ def test_bad_input_exits_with_2_names_every_mistake_and_never_imports_torch(tmp_
     assert "4 mistakes" in done.stderr
     assert "--train.stepz: unknown option" in done.stderr and "did you mean --train.steps?" in done.stderr
     assert "train.steps: found 'x' (str); legal: a whole number of at least 1" in done.stderr
-    assert "--only: found 'harvset'; legal: harvest, train, sample, evaluate, rank; did you mean harvest?" in done.stderr
+    assert (
+        "--only: found 'harvset'; legal: harvest, train, sample, evaluate, rank; did you mean harvest?" in done.stderr
+    )
     assert "nowhere.yaml: no such file" in done.stderr
 
 

@@ -67,7 +67,9 @@ def test_rooms_import_one_way(path: Path) -> None:
     here = room(path)
     rooms = {n.split(".")[1] for n in imported(path) if n.startswith("mole.") and (PACKAGE / n.split(".")[1]).exists()}
     rooms |= {
-        n.split(".")[1] for n in imported(path) if n.startswith("mole.") and (PACKAGE / f"{n.split('.')[1]}.py").exists()
+        n.split(".")[1]
+        for n in imported(path)
+        if n.startswith("mole.") and (PACKAGE / f"{n.split('.')[1]}.py").exists()
     }
     assert rooms - {here} <= MAY_IMPORT[here], f"{here} may not import {rooms - {here} - MAY_IMPORT[here]}"
 
@@ -85,7 +87,9 @@ def test_one_room_each_for_wandb_printing_and_exiting(path: Path) -> None:
     here = room(path)
     if here != "tracking":
         assert not any(name.split(".")[0] == "wandb" for name in imported(path))
-    calls = {getattr(node.func, "id", "") for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+    calls = {
+        getattr(node.func, "id", "") for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+    }
     if here not in ("cli", "terminal"):
         assert not calls & {"print", "input", "exit", "quit"}
 

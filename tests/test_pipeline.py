@@ -44,9 +44,7 @@ def test_the_run_folder_holds_what_was_promised(tiny_run: Path) -> None:
     assert report["one_pass"]["network_evaluations"] == 1
     assert report["nulls"]["start"]["accuracy_mean"] == report["one_pass"]["start_accuracy_mean"]
     assert report["nulls_at_least_as_accurate"] == [
-        name
-        for name, null in report["nulls"].items()
-        if null["accuracy_mean"] >= report["one_pass"]["accuracy_mean"]
+        name for name, null in report["nulls"].items() if null["accuracy_mean"] >= report["one_pass"]["accuracy_mean"]
     ]
     for name in ("alignment", "optimisers", "novelty"):
         assert (tiny_run / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -86,7 +84,7 @@ def test_the_leaderboard_is_in_order_of_the_silhouette(tiny_run: Path) -> None:
 
 def test_the_same_command_again_skips_every_stage(tiny_run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.*") if path.name != ".lock"}
-    code = "import sys\nfrom mole.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n    print('torch' in sys.modules)"
+    code = "import sys\nfrom mole.cli import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
     done = run_command("configs/tiny.yaml", "--out", str(tiny_run), code=code)
     assert done.returncode == 0 and done.stdout.count("skipped") == 5 and "False" in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.*") if path.name != ".lock"}
@@ -146,7 +144,7 @@ def test_killed_in_any_stage_the_same_command_ends_as_if_nothing_had_happened(ti
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("skipped") == 4  # only the ranking, killed last, was left
     assert (folder / "zoo" / "shard-00000.safetensors").stat().st_mtime_ns == kept
-    for path in sorted(tiny_run.glob("samples/*")) + [tiny_run / "generator" / "model.safetensors"]:
+    for path in [*sorted(tiny_run.glob("samples/*")), tiny_run / "generator" / "model.safetensors"]:
         assert file_digest(path) == file_digest(folder / path.relative_to(tiny_run)), path.name
     ours, theirs = (json.loads((f / "report.json").read_text()) for f in (folder, tiny_run))
     assert ours["alignment"] == theirs["alignment"] and ours["rank"] == theirs["rank"]

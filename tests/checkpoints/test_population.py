@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ def test_kept_steps_hold_first_and_last_and_differ() -> None:
     for steps, count in [(300, 30), (20, 8), (1000, 200), (1, 2)]:
         kept = kept_steps(steps, count)
         assert len(kept) == count and kept[0] == 0 and kept[-1] == steps
-        assert all(a < b for a, b in zip(kept, kept[1:], strict=False))
+        assert all(a < b for a, b in pairwise(kept))
     with pytest.raises(ValueError, match="cannot keep 5 of 3 states"):
         kept_steps(2, 5)
 

@@ -10,13 +10,17 @@ from mole.files import read_json, write_json
 from mole.tasks import Metrics, Task
 
 
-def write(folder: Path, task: Task, shards: int = 2, *, weights: torch.Tensor | None = None, seed: int = 0) -> ZooWriter:
+def write(
+    folder: Path, task: Task, shards: int = 2, *, weights: torch.Tensor | None = None, seed: int = 0
+) -> ZooWriter:
     """A zoo of two runs a shard, three states a run."""
     writer = ZooWriter(folder, task.spec, [0, 5, 12], {"seed": seed})
     for index in range(shards):
         values = torch.randn(2, 3, task.spec.size, generator=torch.Generator().manual_seed(index))
         values = values if weights is None or index else weights
-        writer.write(index, [2 * index, 2 * index + 1], values, Metrics(values[..., 0].abs(), values[..., 1]), seconds=1)
+        writer.write(
+            index, [2 * index, 2 * index + 1], values, Metrics(values[..., 0].abs(), values[..., 1]), seconds=1
+        )
     return writer
 
 

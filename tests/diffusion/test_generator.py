@@ -62,7 +62,9 @@ def test_starts_can_be_given(generator: Generator, digits: Task) -> None:
             generator.sample(n=2, starts=wrong)
 
 
-@pytest.mark.parametrize("arguments", [{"target_loss": -1.0}, {"target_loss": float("nan")}, {"n": 0}, {"evaluations": 0}])
+@pytest.mark.parametrize(
+    "arguments", [{"target_loss": -1.0}, {"target_loss": float("nan")}, {"n": 0}, {"evaluations": 0}]
+)
 def test_bad_arguments_are_refused(generator: Generator, arguments: dict[str, float]) -> None:
     with pytest.raises(MoleError, match="legal is a target_loss above 0"):
         generator.sample(**arguments)  # pyright: ignore[reportArgumentType]

@@ -51,7 +51,9 @@ def test_a_permuted_copy_is_no_new_network(toy: Task) -> None:
 def test_the_distance_is_the_smallest_over_all_orders(toy: Task) -> None:
     first, second = toy.initial([1, 2]), toy.initial([8, 9])
     orders = [torch.tensor(order) for order in itertools.permutations(range(4))]
-    brute = torch.tensor([[min((permute(toy.spec, a, {"0": o}) - b).norm() for o in orders) for b in second] for a in first])
+    brute = torch.tensor(
+        [[min((permute(toy.spec, a, {"0": o}) - b).norm() for o in orders) for b in second] for a in first]
+    )
     torch.testing.assert_close(PermutationDistance(toy.spec).pairwise(first, second), brute.double(), rtol=1e-5, atol=0)
 
 

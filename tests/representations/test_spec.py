@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from mole.representations.symmetry import SymmetryError, check_groups, derive_gr
 
 def mlp(*widths: int, bias: bool = True) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs, bias=bias), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -105,7 +107,7 @@ def test_layers_that_mix_neurons_end_a_chain() -> None:
 
 def test_a_forward_of_its_own_is_found_out() -> None:
     class Residual(nn.Sequential):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
             hidden = self[0](input)
             return self[2](torch.relu(hidden)) + hidden.cumsum(-1)
 
