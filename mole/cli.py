@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,7 @@ def _show_plan(request: Request) -> None:
 
 def _execute(request: Request) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         with _locked(request.out):
             return _run(request)

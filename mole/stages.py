@@ -155,14 +155,18 @@ def plan(config: Config, folder: RunFolder, stages: tuple[StageName, ...]) -> di
 
 def missing_inputs(folder: RunFolder, stages: tuple[StageName, ...]) -> list[StageName]:
     """Stages that these ones need, that are not among them and have never finished."""
-    needed: list[StageName] = []
+    return [stage for stage in needed_by(stages) if read_marker(folder, stage) is None]
+
+
+def needed_by(stages: tuple[StageName, ...]) -> list[StageName]:
+    """Stages that these ones need and that are not among them, in order."""
+    needed: set[StageName] = set()
     for stage in stages:
         upstream = _UPSTREAM.get(stage)
         while upstream and upstream not in stages:
-            if read_marker(folder, upstream) is None and upstream not in needed:
-                needed.append(upstream)
+            needed.add(upstream)
             upstream = _UPSTREAM.get(upstream)
-    return sorted(needed, key=STAGES.index)
+    return [stage for stage in STAGES if stage in needed]
 
 
 def read_report(folder: RunFolder) -> dict[str, Any]:

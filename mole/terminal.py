@@ -24,7 +24,7 @@ class BarReporter:
         with tqdm(total=total, desc=f"{name:<8}", unit=f" {unit}", unit_scale=True, file=sys.stderr) as bar:
 
             def advance(done: int) -> None:
-                if bar.n == 0 and done > total // 1000 and time.time() - bar.start_t < 0.5:
+                if bar.n == 0 and time.time() - bar.start_t < 1:
                     bar.initial = done  # resumed: what was done before does not count for the rate
                 bar.update(done - bar.n)
 

@@ -111,7 +111,7 @@ def test_a_changed_key_runs_what_depends_on_it_and_damaged_files_are_made_again(
 
 KILL = """
 import os, signal, sys
-import mole.pipeline as pipeline
+import mole.pipeline.runner as pipeline
 from mole.checkpoints import ZooWriter
 from mole.diffusion import training
 

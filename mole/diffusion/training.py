@@ -69,9 +69,10 @@ def train_generator(
     Raises:
         MoleError: the loss became NaN or infinite.
     """
-    L.seed_everything(config.seed, verbose=False)
     view, scale = NeuronView(data.zoo.spec), EntryScale.fit(data.zoo.spec, data.zoo.weights)
-    denoiser = Denoiser(view, config.generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        denoiser = Denoiser(view, config.generator)
     module = DenoiserTraining(denoiser, scale, data.task, config.train, seed=config.seed)
     low, high = float(data.zoo.loss.min()), float(data.zoo.loss.max())
     card = Card(

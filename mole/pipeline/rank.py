@@ -1,0 +1,75 @@
+"""Stage 5: screen the generated networks."""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from mole.errors import CorruptFileError, MoleError
+from mole.files import write_text
+from mole.pipeline.current import Result, Run
+from mole.rank import kendall_tau, rank_networks, regret
+from mole.reporting import Advance
+from mole.tasks import Task, load_task
+from mole.tasks.task import build_network
+
+
+def rank(current: Run) -> Result:
+    """Order the generated networks by silhouette, and say how far that order can be trusted."""
+    folder, task = current.folder, load_task(current.config.task)
+    files = sorted(folder.samples.glob("*.safetensors"))
+    states = [_load_sample(task, path) for path in files]
+    flat = torch.stack([task.spec.flatten(state) for state in states])
+    with current.reporter.stage("rank", len(files), "networks") as advance:
+        networks = _counted((_module(task, state) for state in states), advance)
+        ranking = rank_networks(
+            networks, task.prompt.images, task.prompt.labels, components=current.config.rank.components
+        )
+    prompt, test = task.measure(flat, task.prompt), task.measure(flat, task.test)
+    rows = [
+        [place, files[i].name, float(ranking.scores[i]), float(prompt.loss[i]), float(prompt.accuracy[i]),
+         float(test.loss[i]), float(test.accuracy[i])]
+        for place, i in enumerate(ranking.order, 1)
+    ]  # fmt: skip
+    columns = ["rank", "file", "silhouette", "prompt_loss", "prompt_accuracy", "test_loss", "test_accuracy"]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    write_text(folder.leaderboard, text.getvalue())
+    report = {
+        "candidates": len(files),
+        "kendall_tau": kendall_tau(ranking.scores, test.accuracy),
+        "top1_regret": regret(ranking.scores, test.accuracy),
+        "random_regret": float(test.accuracy.max() - test.accuracy.mean()),
+        "prompt_loss_kendall_tau": kendall_tau(-prompt.loss, test.accuracy),
+        "prompt_loss_top1_regret": regret(-prompt.loss, test.accuracy),
+        "best": rows[0][1],
+    }
+    current.log("rank", 0, {f"rank/{k}": float(v) for k, v in report.items() if isinstance(v, float)})
+    current.tracker.table("rank/networks", columns, rows)
+    return [folder.leaderboard], {"rank": report}
+
+
+def _counted(networks: Iterable[nn.Module], advance: Advance) -> Iterator[nn.Module]:
+    for done, network in enumerate(networks, 1):
+        yield network
+        advance(done)
+
+
+def _module(task: Task, state: dict[str, torch.Tensor]) -> nn.Module:
+    network = build_network(task.layers, seed=0)
+    network.load_state_dict(state)
+    return network
+
+
+def _load_sample(task: Task, path: Path) -> dict[str, torch.Tensor]:
+    try:
+        state = load_file(path)
+        task.spec.check(state)
+    except (SafetensorError, MoleError) as error:
+        raise CorruptFileError(f"{path}: {error}; run the sample stage again") from None
+    return state

@@ -1,0 +1,121 @@
+"""Run the stages of a configuration in a run folder, skipping what is done."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mole.config import Config, to_yaml
+from mole.diffusion.generator import versions
+from mole.errors import MoleError
+from mole.files import remove, write_json, write_text
+from mole.pipeline.current import Result, Run
+from mole.pipeline.evaluate import evaluate
+from mole.pipeline.harvest import harvest
+from mole.pipeline.rank import rank
+from mole.pipeline.sample import sample
+from mole.pipeline.train import train
+from mole.reporting import Reporter
+from mole.stages import STAGES, RunFolder, StageName, decide, fingerprint, needed_by, read_marker, write_marker
+from mole.tracking import Tracker
+
+STAGE_FUNCTIONS: dict[StageName, Callable[[Run], Result]] = {
+    "harvest": harvest, "train": train, "sample": sample, "evaluate": evaluate, "rank": rank,
+}  # fmt: skip
+
+
+def run(
+    config: Config, root: Path, stages: tuple[StageName, ...], reporter: Reporter, *, began: float
+) -> dict[str, Any]:
+    """Run the stages that are not done yet; returns the report, which is also written.
+
+    Args:
+        config: what to do.
+        root: the run folder.
+        stages: which stages, in order; those they depend on must have finished.
+        reporter: told the progress.
+        began: `time.perf_counter()` when the process began; the start-up counts for the first stage.
+
+    Raises:
+        MoleError: something the user can mend.
+    """
+    folder = RunFolder(root)
+    device = choose_device(config)
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    write_text(root / "config.yaml", to_yaml(config))
+    tracker = Tracker(config.tracking, name=config.name, folder=root, settings=config.model_dump(mode="json"))
+    reporter.say(tracker.line)
+    current = Run(config, folder, reporter, tracker, device)
+    for stage in needed_by(stages):
+        decision = decide(config, folder, stage)
+        if decision.run:
+            reporter.say(f"{stage}: {decision.reason}; used as it is, because --only leaves it out")
+    try:
+        for stage in stages:
+            decision = decide(config, folder, stage)
+            if not decision.run:
+                reporter.say(f"{stage}: done already, {decision.reason}; skipped")
+                continue
+            if read_marker(folder, stage) is not None:
+                reporter.say(f"{stage}: runs again, {decision.reason}")
+            began = _finish(current, stage, STAGE_FUNCTIONS[stage], began)
+    finally:
+        tracker.finish()
+    return write_report(config, folder)
+
+
+def _finish(current: Run, stage: StageName, function: Callable[[Run], Result], began: float) -> float:
+    """Run one stage and declare it finished; returns when that was."""
+    folder = current.folder
+    remove(folder.marker(stage))
+    if stage != "train":  # a training may continue, and keeps the rows of what it has done
+        current.metrics.rewind(stage, -1)
+    outputs, result = function(current)
+    ended = time.perf_counter()
+    seconds = ended - began + result.pop("seconds_before", 0.0)
+    result["machine"] = _machine(current.device)
+    write_marker(folder, current.config, stage, outputs, seconds, result)
+    write_report(current.config, folder)
+    return ended
+
+
+def choose_device(config: Config) -> torch.device:
+    """CUDA where there is one, unless told otherwise.
+
+    Raises:
+        MoleError: CUDA was asked for and is not there.
+    """
+    if config.runtime.device == "cuda" and not torch.cuda.is_available():
+        raise MoleError("runtime.device is cuda, but PyTorch finds no such device; legal here: auto, cpu")
+    if config.runtime.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.runtime.device)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return {"device": name, "threads": torch.get_num_threads(), "peak_memory_bytes": peak, "versions": versions()}
+
+
+def write_report(config: Config, folder: RunFolder) -> dict[str, Any]:
+    """Merge what the finished stages found into `report.json`."""
+    report: dict[str, Any] = {"name": config.name, "seed": config.seed}
+    seconds: dict[str, float] = {}
+    machines: dict[str, Any] = {}
+    for stage in STAGES:
+        marker = read_marker(folder, stage)
+        if marker is not None and marker.fingerprint == fingerprint(config, folder, stage):
+            result = dict(marker.result)
+            machines[stage] = result.pop("machine")
+            report |= result
+            seconds[stage] = marker.seconds
+    report["seconds"] = {**seconds, "total": sum(seconds.values())}
+    report["machine"] = machines
+    write_json(folder.report, report)
+    return report

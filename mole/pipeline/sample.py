@@ -1,0 +1,42 @@
+"""Stage 3: generate networks and write down where each came from."""
+
+from mole.files import remove
+from mole.pipeline.current import Result, Run
+
+
+def sample(current: Run) -> Result:
+    """Generate networks from held-out starts, one file each, each with its record in the ledger."""
+    settings, folder = current.config.sample, current.folder
+    _, heldout = current.zoo
+    starts = heldout.weights[: settings.networks, 0]
+    with current.reporter.stage("sample", settings.networks, "networks") as advance:
+        samples = current.generator.sample(
+            target_loss=settings.target_loss, n=settings.networks, seed=current.config.seed,
+            starts=starts, evaluations=settings.evaluations,
+        )  # fmt: skip
+        names = [f"{index:05d}.safetensors" for index in range(len(samples))]
+        for stale in set(folder.samples.glob("*")) - {folder.samples / name for name in names}:
+            remove(stale)
+        for done, (name, network) in enumerate(zip(names, samples, strict=True), 1):
+            network.save(folder.samples / name)
+            advance(done)
+    seeds = heldout.seeds[: settings.networks].tolist()
+    records = []
+    for name, record, seed in zip(names, samples.provenance, seeds, strict=True):
+        start = {**record["start"], "kind": "held-out run", "seed": seed, "step": 0}
+        records.append({"kind": "entity", "type": "network", "file": f"samples/{name}", **record, "start": start})
+    current.ledger.append(records)
+    measured = current.task.measure(samples.flat.to(current.device), current.task.prompt)
+    target = samples.provenance[0]["prompt"]["target_loss"]
+    values = {
+        "sample/prompt_loss_mean": float(measured.loss.mean()),
+        "sample/prompt_accuracy_mean": float(measured.accuracy.mean()),
+        "sample/target_loss": target,
+    }
+    current.log("sample", 0, values)
+    report = {
+        "networks": len(samples), "target_loss": target, "network_evaluations": samples.network_evaluations,
+        "prompt_split_loss_mean": values["sample/prompt_loss_mean"],
+        "prompt_split_accuracy_mean": values["sample/prompt_accuracy_mean"],
+    }  # fmt: skip
+    return [folder.samples / name for name in names], {"sample": report}
