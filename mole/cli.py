@@ -172,14 +172,9 @@ def _execute(request: Request) -> int:
     except MoleError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        where = error.filename or request.out
-        print(
-            f"error: {where}: {error.strerror}; what is finished is kept: make room (or choose another folder with "
-            "--out) and give the same command again",
-            file=sys.stderr,
-        )
+        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that, or choose another --out,"
+        what = f"{error.filename or request.out}: {error.strerror or error}"
+        print(f"error: {what}; what is finished is kept: {advice} and give the same command again", file=sys.stderr)
     except Exception as error:
         if "No space left" not in str(error):  # safetensors reports a full disk in its own class
             raise
@@ -198,7 +193,7 @@ def _run(request: Request) -> int:
     else:
         for stage, decision in plan.items():
             print(f"{stage}: done already, {decision.reason}; skipped")
-        report = staging.read_report(RunFolder(request.out))
+        report = staging.write_report(request.config, RunFolder(request.out))
     print(summary(report, request.out))
     return 0
 

@@ -4,6 +4,7 @@ A finished stage leaves `stages/<name>.json` in the run folder: the fingerprint 
 digests of what came out, the seconds it took and its part of the report.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -169,6 +170,22 @@ def needed_by(stages: tuple[StageName, ...]) -> list[StageName]:
     return [stage for stage in STAGES if stage in needed]
 
 
-def read_report(folder: RunFolder) -> dict[str, Any]:
-    """The report of a finished run."""
-    return read_json(folder.report)
+def write_report(config: Config, folder: RunFolder) -> dict[str, Any]:
+    """Merge what the finished stages found into `report.json`, and return it."""
+    report: dict[str, Any] = {"name": config.name, "seed": config.seed}
+    seconds: dict[str, float] = {}
+    machines: dict[str, Any] = {}
+    for stage in STAGES:
+        marker = read_marker(folder, stage)
+        if marker is not None and marker.fingerprint == fingerprint(config, folder, stage):
+            result = dict(marker.result)
+            machines[stage] = result.pop("machine")
+            report |= result
+            seconds[stage] = marker.seconds
+    report["seconds"] = {**seconds, "total": sum(seconds.values())}
+    report["machine"] = machines
+    with suppress(FileNotFoundError, CorruptFileError):
+        if read_json(folder.report) == report:
+            return report
+    write_json(folder.report, report)
+    return report

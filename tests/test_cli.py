@@ -79,5 +79,11 @@ def test_a_second_process_is_kept_out_of_the_run_folder(tmp_path: Path) -> None:
     assert "another process is running there" in done.stderr
 
 
+def test_a_folder_that_cannot_be_made_is_said_without_a_traceback(tmp_path: Path) -> None:
+    done = run_command("configs/tiny.yaml", "--out", "/proc/none")
+    assert done.returncode == 1
+    assert "error: /proc/none" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_the_script_and_the_package_are_the_same_door() -> None:
     assert "from mole.cli import main" in (ROOT / "train.py").read_text()

@@ -109,6 +109,18 @@ def test_a_changed_key_runs_what_depends_on_it_and_damaged_files_are_made_again(
     assert file_digest(folder / "generator" / "model.safetensors") == digest
 
 
+def test_only_says_when_it_stands_on_something_older(tiny_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_run, folder)
+    (folder / "report.json").write_text("{")
+    done = run_command(
+        "configs/tiny.yaml", "--out", str(folder), "--only", "rank", "--train.steps", "61", "--rank.components", "0"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "train: its configuration or its inputs changed; used as it is, because --only leaves it out" in done.stdout
+    assert "rank" in json.loads((folder / "report.json").read_text())
+
+
 KILL = """
 import os, signal, sys
 import mole.pipeline.runner as pipeline

@@ -12,7 +12,7 @@ import torch
 from mole.config import Config, to_yaml
 from mole.diffusion.generator import versions
 from mole.errors import MoleError
-from mole.files import remove, write_json, write_text
+from mole.files import remove, write_text
 from mole.pipeline.current import Result, Run
 from mole.pipeline.evaluate import evaluate
 from mole.pipeline.harvest import harvest
@@ -20,7 +20,7 @@ from mole.pipeline.rank import rank
 from mole.pipeline.sample import sample
 from mole.pipeline.train import train
 from mole.reporting import Reporter
-from mole.stages import STAGES, RunFolder, StageName, decide, fingerprint, needed_by, read_marker, write_marker
+from mole.stages import RunFolder, StageName, decide, needed_by, read_marker, write_marker, write_report
 from mole.tracking import Tracker
 
 STAGE_FUNCTIONS: dict[StageName, Callable[[Run], Result]] = {
@@ -101,21 +101,3 @@ def _machine(device: torch.device) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     return {"device": name, "threads": torch.get_num_threads(), "peak_memory_bytes": peak, "versions": versions()}
-
-
-def write_report(config: Config, folder: RunFolder) -> dict[str, Any]:
-    """Merge what the finished stages found into `report.json`."""
-    report: dict[str, Any] = {"name": config.name, "seed": config.seed}
-    seconds: dict[str, float] = {}
-    machines: dict[str, Any] = {}
-    for stage in STAGES:
-        marker = read_marker(folder, stage)
-        if marker is not None and marker.fingerprint == fingerprint(config, folder, stage):
-            result = dict(marker.result)
-            machines[stage] = result.pop("machine")
-            report |= result
-            seconds[stage] = marker.seconds
-    report["seconds"] = {**seconds, "total": sum(seconds.values())}
-    report["machine"] = machines
-    write_json(folder.report, report)
-    return report

@@ -3,7 +3,7 @@
 from mole.representations.neurons import NeuronView
 from mole.representations.normalise import EntryScale
 from mole.representations.spec import Entry, WeightSpec
-from mole.representations.symmetry import SymmetryError, check_groups, derive_groups, permute
+from mole.representations.symmetry import SymmetryError, check_groups, derive_groups
 
 __all__ = [
     "Entry",
@@ -13,5 +13,4 @@ __all__ = [
     "WeightSpec",
     "check_groups",
     "derive_groups",
-    "permute",
 ]

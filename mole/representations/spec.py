@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mole.errors import MoleError
 from mole.files import value_digest
-from mole.representations.symmetry import derive_groups
+from mole.representations.symmetry import derive_groups, permute_axes
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,16 @@ class WeightSpec:
             raise MoleError(f"a vector of {flat.shape[-1]} parameters; this network has {self.size}")
         lead = flat.shape[:-1]
         return {e.name: flat[..., e.offset : e.stop].reshape(*lead, *e.shape) for e in self.entries}
+
+    def permute(self, flat: Tensor, permutations: Mapping[str, Tensor]) -> Tensor:
+        """Reorder interchangeable neurons: the same function, other weights.
+
+        Args:
+            flat: (*N, P).
+            permutations: group to the order of its neurons; absent groups stay.
+        """
+        state = self.unflatten(flat)
+        return self.flatten({e.name: permute_axes(state[e.name], e.axes, permutations) for e in self.entries})
 
     def check(self, state: Mapping[str, Tensor]) -> None:
         """Refuse a state whose names, shapes or dtypes are not these."""

@@ -7,16 +7,12 @@ Every other layer ends a chain, which is sound: it leaves a smaller group.
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from mole.errors import MoleError
-
-if TYPE_CHECKING:
-    from mole.representations.spec import WeightSpec
 
 ELEMENTWISE = (
     nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SELU, nn.LeakyReLU, nn.Softplus, nn.Identity, nn.Dropout,
@@ -81,7 +77,7 @@ def check_groups(module: nn.Module, axes: Axes, *, seed: int = 0, tolerance: flo
     state = network.state_dict()
     sizes = {g: state[n].shape[i] for n, groups in axes.items() for i, g in enumerate(groups) if g is not None}
     permutations = {g: torch.randperm(size, generator=generator) for g, size in sizes.items()}
-    moved = {n: _permute_axes(t, axes.get(n, ()), permutations) for n, t in state.items()}
+    moved = {n: permute_axes(t, axes.get(n, ()), permutations) for n, t in state.items()}
     with torch.no_grad():
         before, after = network(inputs), functional_call(network, moved, (inputs,))
     error = float((before - after).abs().max() / before.abs().max().clamp_min(1e-300))
@@ -92,22 +88,10 @@ def check_groups(module: nn.Module, axes: Axes, *, seed: int = 0, tolerance: flo
         )
 
 
-def _permute_axes(tensor: Tensor, axes: tuple[str | None, ...], permutations: Mapping[str, Tensor]) -> Tensor:
+def permute_axes(tensor: Tensor, axes: tuple[str | None, ...], permutations: Mapping[str, Tensor]) -> Tensor:
     """Reorder the last `len(axes)` axes of `tensor`."""
     lead = tensor.ndim - len(axes)
     for axis, group in enumerate(axes):
         if group is not None and group in permutations:
             tensor = tensor.index_select(lead + axis, permutations[group].to(tensor.device))
     return tensor
-
-
-def permute(spec: "WeightSpec", flat: Tensor, permutations: Mapping[str, Tensor]) -> Tensor:
-    """Reorder interchangeable neurons: the same function, other weights.
-
-    Args:
-        spec: of the networks.
-        flat: (*N, P).
-        permutations: group to the order of its neurons; absent groups stay.
-    """
-    state = spec.unflatten(flat)
-    return spec.flatten({e.name: _permute_axes(state[e.name], e.axes, permutations) for e in spec.entries})

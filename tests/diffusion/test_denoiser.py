@@ -5,7 +5,7 @@ from mole.config import GeneratorConfig
 from mole.diffusion.conditions import Conditions, fourier
 from mole.diffusion.denoiser import Denoiser
 from mole.diffusion.process import noise_level, noise_schedule, reverse
-from mole.representations import NeuronView, permute
+from mole.representations import NeuronView
 from mole.tasks import Task
 
 CONFIG = GeneratorConfig(width=16, layers=2, heads=2)
@@ -40,7 +40,7 @@ def test_permuting_both_inputs_permutes_the_output(toy: Task, seed: int) -> None
     asked = Conditions(*(c.double() for c in conditions(3)))
 
     def move(flat: torch.Tensor) -> torch.Tensor:
-        index = permute(toy.spec, torch.arange(toy.spec.size, dtype=torch.float32)[None], order)[0].long()
+        index = toy.spec.permute(torch.arange(toy.spec.size, dtype=torch.float32)[None], order)[0].long()
         return flat[:, index]
 
     with torch.no_grad():

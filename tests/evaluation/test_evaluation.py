@@ -14,7 +14,6 @@ from mole.evaluation import (
     steps_to_match,
 )
 from mole.evaluation.alignment import prompts
-from mole.representations import permute
 from mole.tasks import Task
 
 
@@ -41,7 +40,7 @@ def test_alignment_by_hand() -> None:
 
 def test_a_permuted_copy_is_no_new_network(toy: Task) -> None:
     flat = toy.initial([1, 2, 3])
-    copies = torch.stack([permute(toy.spec, f, {"0": torch.randperm(4)}) for f in flat])
+    copies = torch.stack([toy.spec.permute(f, {"0": torch.randperm(4)}) for f in flat])
     distance = PermutationDistance(toy.spec)
     assert distance.nearest(copies, flat).max() < 1e-5
     assert (copies - flat).norm(dim=1).min() > 0.1
@@ -52,7 +51,7 @@ def test_the_distance_is_the_smallest_over_all_orders(toy: Task) -> None:
     first, second = toy.initial([1, 2]), toy.initial([8, 9])
     orders = [torch.tensor(order) for order in itertools.permutations(range(4))]
     brute = torch.tensor(
-        [[min((permute(toy.spec, a, {"0": o}) - b).norm() for o in orders) for b in second] for a in first]
+        [[min((toy.spec.permute(a, {"0": o}) - b).norm() for o in orders) for b in second] for a in first]
     )
     torch.testing.assert_close(PermutationDistance(toy.spec).pairwise(first, second), brute.double(), rtol=1e-5, atol=0)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mole.errors import MoleError
-from mole.representations import WeightSpec, permute
+from mole.representations import WeightSpec
 from mole.representations.symmetry import SymmetryError, check_groups, derive_groups
 
 
@@ -82,13 +82,13 @@ def test_permuting_a_group_keeps_the_function_and_moves_the_weights(seed: int) -
     generator = torch.Generator().manual_seed(seed)
     orders = {group: torch.randperm(size, generator=generator) for group, size in spec.groups.items()}
     flat = spec.flatten(network.state_dict())
-    moved = permute(spec, flat, orders)
+    moved = spec.permute(flat, orders)
     assert not torch.equal(moved, flat)
     inputs = torch.randn(9, 5, dtype=torch.float64)
     before = network.double()(inputs)
     network.load_state_dict(spec.unflatten(moved))  # float64 holds float32 exactly
     torch.testing.assert_close(network(inputs), before, rtol=0, atol=1e-12)
-    back = permute(spec, moved, {group: order.argsort() for group, order in orders.items()})
+    back = spec.permute(moved, {group: order.argsort() for group, order in orders.items()})
     assert torch.equal(back, flat)
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from mole.errors import MoleError
-from mole.representations import EntryScale, NeuronView, WeightSpec, permute
+from mole.representations import EntryScale, NeuronView, WeightSpec
 
 from .test_spec import mlp
 
@@ -30,7 +30,7 @@ def test_every_scalar_stands_in_one_token_and_comes_back(network: nn.Sequential)
 def test_permuting_neurons_permutes_tokens() -> None:
     spec = WeightSpec.of(mlp(4, 5, 3))
     view, order, flat = NeuronView(spec), torch.tensor([3, 1, 4, 0, 2]), torch.randn(2, spec.size)
-    plain, moved = view.encode(flat), view.encode(permute(spec, flat, {"0": order}))
+    plain, moved = view.encode(flat), view.encode(spec.permute(flat, {"0": order}))
     assert torch.equal(moved[0], plain[0][:, order]) and torch.equal(moved[1], plain[1])
 
 

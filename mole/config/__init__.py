@@ -1,0 +1,32 @@
+"""The typed configuration. Imports no torch, so that a mistake is told at once."""
+
+from mole.config.loading import load, to_yaml
+from mole.config.sections import (
+    Config,
+    EvaluateConfig,
+    GeneratorConfig,
+    HarvestConfig,
+    RankConfig,
+    RuntimeConfig,
+    SampleConfig,
+    TaskConfig,
+    TrackingConfig,
+    TrainConfig,
+    keys,
+)
+
+__all__ = [
+    "Config",
+    "EvaluateConfig",
+    "GeneratorConfig",
+    "HarvestConfig",
+    "RankConfig",
+    "RuntimeConfig",
+    "SampleConfig",
+    "TaskConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "keys",
+    "load",
+    "to_yaml",
+]
