@@ -81,6 +81,8 @@ class TrainConfig(Section):
     """Training images per step for that divergence."""
     one_pass_fraction: Fraction = 0.67
     """Share of a batch that is noised completely: what a single evaluation sees."""
+    late_fraction: Fraction = 0.5
+    """Share of a batch that aims at the last quarter of the kept states: where the best losses are."""
     initial_fraction: Fraction = 0.67
     """Share of a batch that starts from the run's first state."""
     log_every: Count = 50
@@ -109,7 +111,7 @@ class EvaluateConfig(Section):
     """Held-out starts of the one-pass and the alignment figures."""
     prompts: Annotated[int, Field(ge=2)] = 20
     """Prompts per start, from the zoo's best loss to the start's loss."""
-    optimizer_steps: Count = 600
+    optimizer_steps: Count = 400
     """Steps the optimisers get to match one pass."""
     adam_learning_rates: LearningRates = [0.003, 0.01, 0.03]
     """Tried on the prompt images; the best one is reported."""

@@ -47,13 +47,17 @@ class PairBatches(IterableDataset[Batch]):
     def batch(self, step: int) -> Batch:
         """The pairs of one step.
 
-        States are drawn uniformly and put in order of time; a share starts from the initialisation;
-        noise levels are uniform, and a share is pure noise.
+        States are drawn uniformly and put in order of time; a share aims at the last quarter of the
+        kept states, a share starts from the initialisation; noise levels are uniform, and a share is
+        pure noise.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         size, (runs, states, _) = self.config.batch_size, self.weights.shape
         run = torch.randint(runs, (size,), generator=generator)
         first, second = torch.randint(states, (2, size), generator=generator).sort(0).values
+        late = torch.rand(size, generator=generator) < self.config.late_fraction
+        recent = torch.randint(states - max(1, states // 4), states, (size,), generator=generator)
+        second = torch.where(late, torch.maximum(second, recent), second)
         from_start = torch.rand(size, generator=generator) < self.config.initial_fraction
         first = torch.where(from_start, 0, first)
         last = self.schedule.config["num_train_timesteps"] - 1
