@@ -63,16 +63,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(DESCRIPTION, end="")
         sys.exit(0)
     try:
-        request = parse(arguments)
+        sys.exit(_main(arguments))
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; what is finished is kept, and the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+def _main(arguments: Sequence[str]) -> int:
+    request = parse(arguments)
     if request.print_config:
         print(to_yaml(request.config), end="")
     elif request.dry_run:
         _show_plan(request)
     else:
-        sys.exit(_execute(request))
+        return _execute(request)
+    return 0
 
 
 def parse(arguments: Sequence[str]) -> Request:
@@ -88,12 +96,14 @@ def parse(arguments: Sequence[str]) -> Request:
     except ConfigError as error:
         raise ConfigError(mistakes + error.mistakes) from None
     out = Path(options.out) if options.out else Path("runs") / config.name
-    if out.exists() and not out.is_dir():
-        mistakes.append(f"command line: --out: {out} is a file; legal is a folder, which may not exist yet")
-    needed = staging.missing_inputs(RunFolder(out), stages)
-    if needed and not mistakes:
+    for place in (out, *out.parents):
+        if place.exists() and not place.is_dir():
+            mistakes.append(f"command line: --out: {place} is a file; legal is a folder, which may not exist yet")
+    needed = staging.unmet(config, RunFolder(out), stages) if not mistakes else {}
+    if needed:
+        reasons = "; ".join(f"{stage}: {reason}" for stage, reason in needed.items())
         mistakes.append(
-            f"command line: --only {options.only}: needs {', '.join(needed)}, not done yet in {out}; "
+            f"command line: --only {options.only}: in {out} other stages have to run first ({reasons}); "
             f"legal is --only {','.join(sorted({*needed, *stages}, key=STAGES.index))}, or no --only"
         )
     if mistakes:
@@ -115,8 +125,11 @@ def _split(arguments: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]],
             continue
         flag, given, value = argument.partition("=")
         name = flag[2:]
-        if flag in ("--print-config", "--dry-run"):
+        if flag in ("--print-config", "--dry-run") and not given:
             setattr(options, name.replace("-", "_"), True)
+            continue
+        if flag in ("--print-config", "--dry-run", "--help"):
+            mistakes.append(f"command line: {argument}: {flag} takes no value")
             continue
         if flag not in FLAGS and name not in keys():
             mistakes.append(_unknown(flag))
@@ -128,7 +141,9 @@ def _split(arguments: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]],
                 mistakes.append(f"command line: {flag}: a value is missing; legal is {flag} {FLAGS.get(flag, 'VALUE')}")
                 continue
             value = rest.pop(0)
-        if flag in FLAGS:
+        if not value:
+            mistakes.append(f"command line: {flag}: the value is empty; legal is {flag} {FLAGS.get(flag, 'VALUE')}")
+        elif flag in FLAGS:
             setattr(options, name, value)
         else:
             overrides.append((name, value))
@@ -145,7 +160,7 @@ def _unknown(flag: str) -> str:
 
 def _stages(only: str, mistakes: list[str]) -> tuple[StageName, ...]:
     """The stages asked for, in their order."""
-    wanted = [name.strip() for name in only.split(",") if name.strip()] if only else list(STAGES)
+    wanted = [name.strip() for name in only.split(",")] if only else list(STAGES)
     for name in wanted:
         if name not in STAGES:
             near = difflib.get_close_matches(name, STAGES, 1)
@@ -166,9 +181,6 @@ def _execute(request: Request) -> int:
     try:
         with _locked(request.out):
             return _run(request)
-    except KeyboardInterrupt:
-        print("\nstopped; what is finished is kept, and the same command continues", file=sys.stderr)
-        return 130
     except MoleError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:

@@ -22,7 +22,7 @@ class MetricsFile:
         rows: list[list[str]] = []
         if self.path.exists():
             whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
-            rows = [row for row in csv.reader(io.StringIO(whole)) if len(row) == len(COLUMNS)][1:]
+            rows = [row for row in csv.reader(io.StringIO(whole)) if len(row) == len(COLUMNS) and row[1].isdigit()]
         kept = [row for row in rows if row[0] != stage or int(row[1]) <= step]
         write_text(self.path, _format([list(COLUMNS), *kept]))
 

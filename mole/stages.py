@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pydantic import TypeAdapter, ValidationError
+
 import mole
 from mole.config import Config
 from mole.errors import CorruptFileError
@@ -87,6 +89,9 @@ class Marker:
     """The stage's part of the report."""
 
 
+_MARKER = TypeAdapter(Marker)
+
+
 @dataclass(frozen=True)
 class Decision:
     """Whether a stage runs, and why."""
@@ -113,8 +118,8 @@ def fingerprint(config: Config, folder: RunFolder, stage: StageName) -> str:
 def read_marker(folder: RunFolder, stage: StageName) -> Marker | None:
     """The marker of a stage; None where there is none or it is damaged."""
     try:
-        return Marker(**read_json(folder.marker(stage)))
-    except (FileNotFoundError, CorruptFileError, TypeError):
+        return _MARKER.validate_python(read_json(folder.marker(stage)))
+    except (OSError, CorruptFileError, ValidationError):
         return None
 
 
@@ -154,12 +159,18 @@ def plan(config: Config, folder: RunFolder, stages: tuple[StageName, ...]) -> di
     return decisions
 
 
-def missing_inputs(folder: RunFolder, stages: tuple[StageName, ...]) -> list[StageName]:
-    """Stages that these ones need, that are not among them and have never finished."""
-    return [stage for stage in needed_by(stages) if read_marker(folder, stage) is None]
+def unmet(config: Config, folder: RunFolder, stages: tuple[StageName, ...]) -> dict[StageName, str]:
+    """Stages that these ones need, that are not among them and would have to run first, and why.
+
+    Nothing may stand on the work of another configuration: what is held out in one is trained on in another.
+    """
+    needed = _needed_by(stages)
+    if any(read_marker(folder, stage) is None for stage in needed):  # known without reading the zoo
+        return {stage: "not done yet" for stage in needed if read_marker(folder, stage) is None}
+    return {stage: decision.reason for stage, decision in plan(config, folder, needed).items() if decision.run}
 
 
-def needed_by(stages: tuple[StageName, ...]) -> list[StageName]:
+def _needed_by(stages: tuple[StageName, ...]) -> tuple[StageName, ...]:
     """Stages that these ones need and that are not among them, in order."""
     needed: set[StageName] = set()
     for stage in stages:
@@ -167,7 +178,7 @@ def needed_by(stages: tuple[StageName, ...]) -> list[StageName]:
         while upstream and upstream not in stages:
             needed.add(upstream)
             upstream = _UPSTREAM.get(upstream)
-    return [stage for stage in STAGES if stage in needed]
+    return tuple(stage for stage in STAGES if stage in needed)
 
 
 def write_report(config: Config, folder: RunFolder) -> dict[str, Any]:
@@ -179,7 +190,7 @@ def write_report(config: Config, folder: RunFolder) -> dict[str, Any]:
         marker = read_marker(folder, stage)
         if marker is not None and marker.fingerprint == fingerprint(config, folder, stage):
             result = dict(marker.result)
-            machines[stage] = result.pop("machine")
+            machines[stage] = result.pop("machine", None)
             report |= result
             seconds[stage] = marker.seconds
     report["seconds"] = {**seconds, "total": sum(seconds.values())}

@@ -55,7 +55,14 @@ def test_values_may_follow_an_equals_sign_and_may_be_negative_looking() -> None:
         (["--train.steps", "--dry-run"], "--train.steps: a value is missing"),
         (["--steps", "3"], "did you mean --task.steps"),
         (["--ony", "harvest"], "did you mean --only"),
-        (["--only", "rank"], "needs harvest, train, sample, not done yet"),
+        (["--only", "rank"], "harvest: not done yet; train: not done yet; sample: not done yet"),
+        (["--only", ","], "--only: found ''"),
+        (["--only", ""], "--only: the value is empty"),
+        (["--dry-run=no"], "--dry-run takes no value"),
+        (["--task.hidden", "[" * 2000], "is not a value"),
+        (["--name", ".."], "name: found '..'"),
+        (["--seed", "9" * 30], "seed: found 999"),
+        (["--out", "/etc/passwd/x"], "/etc/passwd is a file"),
     ],
 )
 def test_mistakes_of_the_command_line(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ def test_rows_are_appended_and_a_stage_can_be_rewound(tmp_path: Path) -> None:
         metrics.append("train", step, {"train/loss": 1 / step, "bad": float("nan")})
     metrics.append("rank", 0, {"rank/tau": 0.5})
     with metrics.path.open("a") as file:
+        file.write("rank,x,foo,1\n")
         file.write("train,40,train/l")  # killed in mid-line
     metrics.rewind("train", 20)
     assert metrics.path.read_text().splitlines() == [

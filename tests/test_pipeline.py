@@ -109,16 +109,63 @@ def test_a_changed_key_runs_what_depends_on_it_and_damaged_files_are_made_again(
     assert file_digest(folder / "generator" / "model.safetensors") == digest
 
 
-def test_only_says_when_it_stands_on_something_older(tiny_run: Path, tmp_path: Path) -> None:
+def test_nothing_stands_on_the_work_of_another_configuration(tiny_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_run, folder)
+    for arguments, stage in (
+        (
+            ["--only", "evaluate", "--harvest.heldout_runs", "60"],
+            "harvest",
+        ),  # training runs would be judged as held out
+        (["--only", "rank", "--train.steps", "61"], "train"),
+        (["--only", "sample", "--seed", "7"], "harvest"),
+    ):
+        done = run_command("configs/tiny.yaml", "--out", str(folder), *arguments)
+        assert done.returncode == 2
+        assert f"{stage}: its configuration or its inputs changed" in done.stderr
+    (folder / "zoo" / "shard-00001.json").unlink()
+    done = run_command("configs/tiny.yaml", "--out", str(folder), "--only", "evaluate")
+    assert done.returncode == 2 and "zoo/shard-00001.json is missing" in done.stderr
+
+
+def test_a_damaged_ledger_is_said_before_the_work_and_a_damaged_report_is_written_again(
+    tiny_run: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(tiny_run, folder)
     (folder / "report.json").write_text("{")
-    done = run_command(
-        "configs/tiny.yaml", "--out", str(folder), "--only", "rank", "--train.steps", "61", "--rank.components", "0"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "train: its configuration or its inputs changed; used as it is, because --only leaves it out" in done.stdout
+    (folder / "stages" / "rank.json").write_text('{"fingerprint": 3}')
+    assert run_command("configs/tiny.yaml", "--out", str(folder)).returncode == 0
     assert "rank" in json.loads((folder / "report.json").read_text())
+    ledger = folder / "provenance" / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace('"zoo"', '"zoos"', 1))
+    done = run_command("configs/tiny.yaml", "--out", str(folder), "--train.steps", "61")
+    assert done.returncode == 1 and "altered after it was written" in done.stderr
+    assert "train:" not in done.stdout
+
+
+def test_files_of_others_are_left_alone(tiny_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_run, folder)
+    (folder / "samples" / "photo.jpg").write_text("mine")
+    shutil.copy(folder / "samples" / "00000.safetensors", folder / "samples" / "mine.safetensors")
+    done = run_command("configs/tiny.yaml", "--out", str(folder), "--sample.networks", "2")
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (folder / "samples").iterdir())
+    assert names == ["00000.safetensors", "00001.safetensors", "mine.safetensors", "photo.jpg"]
+    assert json.loads((folder / "report.json").read_text())["rank"]["candidates"] == 2
+
+
+def test_the_smallest_legal_run(tmp_path: Path) -> None:
+    ones = {
+        "task.hidden": 1, "task.steps": 1, "harvest.runs": 2, "harvest.heldout_runs": 1, "harvest.checkpoints": 2,
+        "harvest.group_size": 1, "generator.layers": 1, "train.steps": 1, "train.batch_size": 1, "sample.networks": 1,
+        "evaluate.starts": 1, "evaluate.prompts": 2, "evaluate.optimizer_steps": 1, "rank.components": 99,
+    }  # fmt: skip
+    arguments = [part for key, value in ones.items() for part in (f"--{key}", str(value))]
+    done = run_command("configs/tiny.yaml", "--out", str(tmp_path), *arguments)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "report.json").read_text())["one_pass"]["starts"] == 1
 
 
 KILL = """

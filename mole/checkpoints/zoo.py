@@ -188,6 +188,8 @@ def _header(folder: Path) -> dict[str, Any]:
         header = read_json(folder / "zoo.json")
     except FileNotFoundError:
         raise MoleError(f"{folder}: no zoo here (zoo.json is missing); run the harvest stage first") from None
+    if not isinstance(header, dict) or not {"steps", "spec"} <= header.keys():
+        raise CorruptFileError(f"{folder}/zoo.json: not the header of a zoo; run the harvest stage again")
     if header.get("format") != FORMAT:
         raise MoleError(f"{folder}/zoo.json: format {header.get('format')}; this version reads {FORMAT}")
     return header

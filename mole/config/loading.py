@@ -88,7 +88,7 @@ def _read(path: Path, mistakes: list[str]) -> dict[str, Any]:
 def _parse_value(key: str, text: str, mistakes: list[str]) -> Any:
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         mistakes.append(f"command line: {key}: {text!r} is not a value ({' '.join(str(error).split())})")
         return None
 

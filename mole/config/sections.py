@@ -39,9 +39,9 @@ class TaskConfig(Section):
 class HarvestConfig(Section):
     """How many networks are trained, and which of their states are kept."""
 
-    runs: Count = 2048
+    runs: Annotated[int, Field(ge=2, le=2**19)] = 2048
     """Networks whose histories train the generator."""
-    heldout_runs: Count = 64
+    heldout_runs: Annotated[int, Field(ge=1, le=2**19)] = 64
     """Further networks that the generator never sees."""
     checkpoints: Annotated[int, Field(ge=2)] = 30
     """States kept per run: the first, the last, and log-spaced ones between."""
@@ -100,7 +100,7 @@ class SampleConfig(Section):
     """Generated networks, one per held-out start."""
     target_loss: Positive | None = None
     """Prompt; null asks for the best loss in the zoo."""
-    evaluations: Count = 1
+    evaluations: Annotated[int, Field(ge=1, le=1000)] = 1
     """Evaluations of the generator per network."""
 
 
@@ -137,16 +137,17 @@ class RuntimeConfig(Section):
     """On what it runs."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Natural = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads; 0 uses every core."""
 
 
 class Config(Section):
     """Everything `python train.py` can be told."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "digits"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")] = "digits"
     """Name of the run; the default run folder is `runs/<name>`."""
-    seed: Natural = 0
+    seed: Annotated[int, Field(ge=0, lt=2**20)] = 0
+    """Decides every random choice; run r of a harvest has the seed `seed * 2**20 + r`."""
     task: TaskConfig = TaskConfig()
     harvest: HarvestConfig = HarvestConfig()
     generator: GeneratorConfig = GeneratorConfig()

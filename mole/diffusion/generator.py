@@ -3,7 +3,6 @@
 Dimensions: N networks, P parameters.
 """
 
-import math
 import platform
 import warnings
 from collections.abc import Sequence
@@ -54,6 +53,12 @@ class Card(BaseModel):
     seed: int
     weights: str = ""
     """SHA-256 of `model.safetensors`."""
+    digest: str = ""
+    """Of everything above: the identity of the generator."""
+
+    def sealed(self) -> "Card":
+        """The same card with its digest."""
+        return self.model_copy(update={"digest": value_digest(self.model_dump(mode="json", exclude={"digest"}))})
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,10 @@ class Generator:
         """The task whose networks it generates."""
         return self.loaded_task or load_task(self.card.task).to(self.device)
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """Identity of this generator: of its configuration and weights."""
-        return value_digest(self.card.model_dump(mode="json"))
+        """Identity of this generator: of its configuration and weights; empty before it is saved."""
+        return self.card.digest
 
     def sample(
         self,
@@ -104,7 +109,8 @@ class Generator:
         Args:
             target_loss: cross-entropy in nats on the task's prompt images; the zoo's best by default.
             n: number of networks.
-            seed: of the noise and of the fresh initialisations; network i depends on (seed, i) only.
+            seed: of the noise and of the fresh initialisations, below 2**20; network i depends on (seed, i)
+                only, up to rounding, which the size of the batch can change in the last bit.
             starts: weights (n, P) of the networks to start from; fresh initialisations by default.
             evaluations: calls of the generator per network.
 
@@ -117,21 +123,29 @@ class Generator:
         Warns:
             PromptWarning: `target_loss` lies outside the losses in the zoo.
         """
-        target = self.card.prompt_range[0] if target_loss is None else float(target_loss)
-        if not (math.isfinite(target) and target > 0) or n < 1 or evaluations < 1 or seed < 0:
-            raise MoleError(
-                f"sample(target_loss={target_loss}, n={n}, seed={seed}, evaluations={evaluations}): legal is a "
-                "target_loss above 0, n and evaluations of at least 1, and a seed of at least 0"
-            )
+        target = self.card.prompt_range[0] if target_loss is None else target_loss
+        whole = {"n": (n, 1, 2**20), "seed": (seed, 0, 2**20 - 1), "evaluations": (evaluations, 1, 1000)}
+        faults = [
+            f"{name} is {value!r}; legal is a whole number from {low} to {high}"
+            for name, (value, low, high) in whole.items()
+            if type(value) is not int or not low <= value <= high
+        ]
+        if not isinstance(target, int | float) or isinstance(target, bool) or not 0 < target < 1e6:
+            faults.append(f"target_loss is {target_loss!r}; legal is a number above 0, in nats")
+        if faults:
+            raise MoleError("; ".join(faults))
+        target = float(target)
         self._warn_outside_range(target)
         seeds = [FRESH_SEEDS + seed * 2**20 + index for index in range(n)]
         if starts is None:
             origins = [{"kind": "fresh initialisation", "seed": s} for s in seeds]
             starts = self.task.initial(seeds)
         else:
+            if not isinstance(starts, Tensor) or starts.shape != (n, self.spec.size) or not starts.isfinite().all():
+                found = tuple(starts.shape) if isinstance(starts, Tensor) else type(starts).__name__
+                raise MoleError(f"starts: found {found}; legal is a tensor ({n}, {self.spec.size}), all finite")
+            starts = starts.detach().float().cpu()
             origins = [{"kind": "given weights", "weights": weights_digest(start)} for start in starts]
-        if starts.shape != (n, self.spec.size) or not starts.isfinite().all():
-            raise MoleError(f"starts of shape {tuple(starts.shape)}; legal is ({n}, {self.spec.size}), all finite")
         drawn, losses = self._draw(starts, torch.full((n,), target), seeds, evaluations)
         common = {"generator": self.digest, "zoo": self.card.zoo, "prompt": {"target_loss": target}}
         records = [
@@ -141,6 +155,7 @@ class Generator:
                 "start": {**origins[i], "loss": float(losses[i])},
                 "seed": seed,
                 "index": i,
+                "drawn_together": n,
                 "network_evaluations": drawn.evaluations,
                 "versions": versions(),
             }
@@ -186,7 +201,7 @@ class Generator:
         folder = Path(folder)
         with replacing(folder / "model.safetensors") as temporary:
             save_file(self.denoiser.state_dict(), temporary)
-        card = self.card.model_copy(update={"weights": file_digest(folder / "model.safetensors")})
+        card = self.card.model_copy(update={"weights": file_digest(folder / "model.safetensors")}).sealed()
         write_json(folder / "config.json", card.model_dump(mode="json"))
         return replace(self, card=card)
 
@@ -203,7 +218,7 @@ class Generator:
         try:
             card = Card.model_validate(read_json(folder / "config.json"))
             found = file_digest(folder / "model.safetensors")
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise MoleError(
                 f"{path}: no generator here ({error.filename} is missing); legal is a run folder or a folder of "
                 "config.json and model.safetensors, as `python train.py` writes them"
@@ -212,6 +227,8 @@ class Generator:
             raise CorruptFileError(f"{folder}/config.json: {error}") from None
         if card.format != FORMAT:
             raise CorruptFileError(f"{folder}/config.json: format {card.format}; this version reads {FORMAT}")
+        if card.sealed() != card:
+            raise CorruptFileError(f"{folder}/config.json: altered after it was written; train again or copy it anew")
         if found != card.weights:
             raise CorruptFileError(f"{folder}/model.safetensors: truncated or altered; train again or copy it anew")
         try:
@@ -219,7 +236,12 @@ class Generator:
             denoiser.load_state_dict(load_file(folder / "model.safetensors"))
         except (SafetensorError, RuntimeError, KeyError, TypeError, IndexError) as error:
             raise CorruptFileError(f"{folder}: weights and configuration do not fit ({error})") from None
-        return cls(denoiser.to(device).eval(), card, torch.device(device))
+        try:
+            place = torch.device(device)
+            denoiser.to(place)
+        except (RuntimeError, AssertionError) as error:
+            raise MoleError(f"device {str(device)!r}: {error}; legal is cpu, or cuda where PyTorch finds it") from None
+        return cls(denoiser.eval(), card, place)
 
 
 def _noise(seed: int, size: int) -> Tensor:

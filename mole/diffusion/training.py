@@ -188,10 +188,6 @@ class _Watch(L.Callback):
         if step % train.checkpoint_every == 0 and step < train.steps:
             self._save(trainer)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt) and trainer.global_step:
-            self._save(trainer)
-
     def _save(self, trainer: L.Trainer) -> None:
         with replacing(self.state.path) as temporary:
             trainer.save_checkpoint(temporary)

@@ -71,7 +71,7 @@ def judge(exhibits: Exhibits, tick: Tick) -> dict[str, Any]:
     tick()
     novelty, nulls, points = _novelty(exhibits, generated, tick)
     winners = [name for name, null in nulls.items() if null["accuracy_mean"] >= one_pass["accuracy_mean"]]
-    return {
+    result = {
         "one_pass": one_pass,
         "alignment": obedience,
         "nulls": nulls,
@@ -79,6 +79,7 @@ def judge(exhibits: Exhibits, tick: Tick) -> dict[str, Any]:
         "novelty": novelty,
         "figures": {"alignment": curve, "optimisers": optimiser_curves, "novelty": points},
     }
+    return _finite(result)
 
 
 def _one_pass(exhibits: Exhibits, generated: Tensor, tick: Tick) -> tuple[dict[str, Any], Any]:
@@ -111,11 +112,11 @@ def _one_pass(exhibits: Exhibits, generated: Tensor, tick: Tick) -> tuple[dict[s
         "sgd_learning_rate": sgd.learning_rate,
         "optimizer_steps_tried": config.optimizer_steps,
     }
-    return report, [_finite(asdict(curve)) for curve in (adam, sgd)]
+    return report, [asdict(curve) for curve in (adam, sgd)]
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: a diverged optimiser's figures become null."""
+    """JSON has no NaN: what a diverged network or optimiser reached becomes null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

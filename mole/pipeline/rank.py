@@ -15,6 +15,7 @@ from mole.files import write_text
 from mole.pipeline.current import Result, Run
 from mole.rank import kendall_tau, rank_networks, regret
 from mole.reporting import Advance
+from mole.stages import read_marker
 from mole.tasks import Task, load_task
 from mole.tasks.task import build_network
 
@@ -22,7 +23,8 @@ from mole.tasks.task import build_network
 def rank(current: Run) -> Result:
     """Order the generated networks by silhouette, and say how far that order can be trusted."""
     folder, task = current.folder, load_task(current.config.task)
-    files = sorted(folder.samples.glob("*.safetensors"))
+    marker = read_marker(folder, "sample")
+    files = [folder.root / name for name in sorted(marker.outputs)] if marker else []
     states = [_load_sample(task, path) for path in files]
     flat = torch.stack([task.spec.flatten(state) for state in states])
     with current.reporter.stage("rank", len(files), "networks") as advance:

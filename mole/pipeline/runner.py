@@ -20,7 +20,7 @@ from mole.pipeline.rank import rank
 from mole.pipeline.sample import sample
 from mole.pipeline.train import train
 from mole.reporting import Reporter
-from mole.stages import RunFolder, StageName, decide, needed_by, read_marker, write_marker, write_report
+from mole.stages import RunFolder, StageName, decide, read_marker, write_marker, write_report
 from mole.tracking import Tracker
 
 STAGE_FUNCTIONS: dict[StageName, Callable[[Run], Result]] = {
@@ -51,11 +51,8 @@ def run(
     tracker = Tracker(config.tracking, name=config.name, folder=root, settings=config.model_dump(mode="json"))
     reporter.say(tracker.line)
     current = Run(config, folder, reporter, tracker, device)
-    for stage in needed_by(stages):
-        decision = decide(config, folder, stage)
-        if decision.run:
-            reporter.say(f"{stage}: {decision.reason}; used as it is, because --only leaves it out")
     try:
+        _ = current.ledger  # a damaged one is said before hours are spent, not after
         for stage in stages:
             decision = decide(config, folder, stage)
             if not decision.run:
@@ -80,6 +77,8 @@ def _finish(current: Run, stage: StageName, function: Callable[[Run], Result], b
     seconds = ended - began + result.pop("seconds_before", 0.0)
     result["machine"] = _machine(current.device)
     write_marker(folder, current.config, stage, outputs, seconds, result)
+    if stage == "train":
+        remove(folder.training_state)  # not before the result counts
     write_report(current.config, folder)
     return ended
 

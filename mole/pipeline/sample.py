@@ -15,8 +15,9 @@ def sample(current: Run) -> Result:
             starts=starts, evaluations=settings.evaluations,
         )  # fmt: skip
         names = [f"{index:05d}.safetensors" for index in range(len(samples))]
-        for stale in set(folder.samples.glob("*")) - {folder.samples / name for name in names}:
-            remove(stale)
+        for stale in folder.samples.glob("[0-9][0-9][0-9][0-9][0-9].safetensors"):
+            if stale.name not in names:
+                remove(stale)
         for done, (name, network) in enumerate(zip(names, samples, strict=True), 1):
             network.save(folder.samples / name)
             advance(done)

@@ -1,7 +1,6 @@
 """Stage 2: train the generator."""
 
 from mole.diffusion.generator import versions
-from mole.files import remove
 from mole.pipeline.current import Result, Run
 from mole.stages import fingerprint
 
@@ -12,7 +11,13 @@ def train(current: Run) -> Result:
 
     config, folder = current.config, current.folder
     training, heldout = current.zoo
-    resumed = folder.training_state.exists()
+    resumed_from = 0
+
+    def on_resume(step: int) -> None:
+        nonlocal resumed_from
+        resumed_from = step
+        current.metrics.rewind("train", step)
+
     with current.reporter.stage("train", config.train.steps, "steps") as advance:
         generator, seconds, before = train_generator(
             config,
@@ -22,10 +27,9 @@ def train(current: Run) -> Result:
             device=current.device,
             progress=advance,
             log=lambda step, values: current.log("train", step, dict(values)),
-            on_resume=lambda step: current.metrics.rewind("train", step),
+            on_resume=on_resume,
         )
     generator = generator.save(folder.generator)
-    remove(folder.training_state)
     current.ledger.append(
         [
             {
@@ -40,7 +44,8 @@ def train(current: Run) -> Result:
     )  # fmt: skip
     report = {
         "parameters": sum(p.numel() for p in generator.denoiser.parameters()), "steps": config.train.steps,
-        "seconds": seconds, "steps_per_second": config.train.steps / max(seconds, 1e-9), "resumed": resumed,
-        "digest": generator.digest,
+        "seconds": seconds, "steps_per_second": config.train.steps / max(seconds, 1e-9),
+        "resumed_from_step": resumed_from, "digest": generator.digest,
     }  # fmt: skip
-    return list(folder.generator.iterdir()), {"train": report, "seconds_before": before}
+    outputs = [folder.generator / name for name in ("config.json", "model.safetensors")]
+    return outputs, {"train": report, "seconds_before": before}

@@ -43,6 +43,8 @@ def rank_networks(networks: Iterable[nn.Module], images: Tensor, labels: Tensor,
 
 def kendall_tau(scores: Tensor, truth: Tensor) -> float:
     """Rank correlation of `scores` and `truth`, both (N,): 1 for the same order, 0 where there is none to compare."""
+    if len(scores) < 2:
+        return 0.0
     found: Any = kendalltau(scores.numpy(), truth.numpy())
     return float(found.statistic) if isfinite(found.statistic) else 0.0
 

@@ -57,16 +57,31 @@ def test_starts_can_be_given(generator: Generator, digits: Task) -> None:
     starts = digits.initial([5, 6])
     samples = generator.sample(n=2, starts=starts)
     assert samples[0].provenance["start"]["kind"] == "given weights"
-    for wrong in (starts[:1], starts[:, :-1], starts * float("nan")):
-        with pytest.raises(MoleError, match=r"legal is \(2, 1210\), all finite"):
+    assert torch.equal(generator.sample(n=2, starts=starts.double().requires_grad_()).flat, samples.flat)
+    for wrong in (starts[:1], starts[:, :-1], starts * float("nan"), torch.tensor(1.0)):
+        with pytest.raises(MoleError, match=r"legal is a tensor \(2, 1210\), all finite"):
             generator.sample(n=2, starts=wrong)
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"target_loss": -1.0}, {"target_loss": float("nan")}, {"n": 0}, {"evaluations": 0}]
+    "arguments",
+    [
+        {"target_loss": -1.0},
+        {"target_loss": float("nan")},
+        {"target_loss": "low"},
+        {"target_loss": 1e300},
+        {"n": 0},
+        {"n": 2.5},
+        {"n": True},
+        {"evaluations": 0},
+        {"evaluations": 2000},
+        {"seed": -1},
+        {"seed": 10**30},
+    ],
 )
 def test_bad_arguments_are_refused(generator: Generator, arguments: dict[str, float]) -> None:
-    with pytest.raises(MoleError, match="legal is a target_loss above 0"):
+    name = next(iter(arguments))
+    with pytest.raises(MoleError, match=rf"{name} is .*; legal is a (whole )?number"):
         generator.sample(**arguments)  # pyright: ignore[reportArgumentType]
 
 
@@ -87,7 +102,12 @@ def test_saved_and_loaded_it_draws_the_same(generator: Generator, tmp_path: Path
 def test_damaged_and_missing_files_are_named(generator: Generator, tmp_path: Path) -> None:
     with pytest.raises(MoleError, match="no generator here"):
         Generator.load(tmp_path)
-    generator.save(tmp_path)
+    saved = generator.save(tmp_path)
+    assert saved.sample(n=1)[0].provenance["generator"] == saved.digest != ""
+    with pytest.raises(MoleError, match="no generator here"):
+        Generator.load(tmp_path / "model.safetensors")
+    with pytest.raises(MoleError, match="device 'nowhere'"):
+        Generator.load(tmp_path, "nowhere")
     config = read_json(tmp_path / "config.json")
     weights = (tmp_path / "model.safetensors").read_bytes()
 
@@ -99,8 +119,9 @@ def test_damaged_and_missing_files_are_named(generator: Generator, tmp_path: Pat
         ({"format": 99}, "format 99; this version reads 1"),
         ({"surprise": 1}, "surprise"),
         ({"scales": "x"}, "scales"),
-        ({"denoiser": {**config["denoiser"], "width": 32}}, "do not fit"),
-        ({"spec": [{"name": 3}]}, "do not fit"),
+        ({"denoiser": {**config["denoiser"], "width": 32}}, "altered after it was written"),
+        ({"scales": [9.0, 9.0, 9.0, 9.0]}, "altered after it was written"),
+        ({"zoo": "another"}, "altered after it was written"),
     ):
         write_json(tmp_path / "config.json", {**config, **change})
         with pytest.raises(CorruptFileError, match=message):
