@@ -124,34 +124,22 @@ class Generator:
             PromptWarning: `target_loss` lies outside the losses in the zoo.
         """
         target = self.card.prompt_range[0] if target_loss is None else target_loss
-        whole = {"n": (n, 1, 2**20), "seed": (seed, 0, 2**20 - 1), "evaluations": (evaluations, 1, 1000)}
-        faults = [
-            f"{name} is {value!r}; legal is a whole number from {low} to {high}"
-            for name, (value, low, high) in whole.items()
-            if type(value) is not int or not low <= value <= high
-        ]
-        if not isinstance(target, int | float) or isinstance(target, bool) or not 0 < target < 1e6:
-            faults.append(f"target_loss is {target_loss!r}; legal is a number above 0, in nats")
-        if faults:
-            raise MoleError("; ".join(faults))
-        target = float(target)
+        _check_request(target, n, seed, evaluations)
         self._warn_outside_range(target)
         seeds = [FRESH_SEEDS + seed * 2**20 + index for index in range(n)]
         if starts is None:
             origins = [{"kind": "fresh initialisation", "seed": s} for s in seeds]
             starts = self.task.initial(seeds)
         else:
-            if not isinstance(starts, Tensor) or starts.shape != (n, self.spec.size) or not starts.isfinite().all():
-                found = tuple(starts.shape) if isinstance(starts, Tensor) else type(starts).__name__
-                raise MoleError(f"starts: found {found}; legal is a tensor ({n}, {self.spec.size}), all finite")
-            starts = starts.detach().float().cpu()
+            starts = self._checked_starts(starts, n)
             origins = [{"kind": "given weights", "weights": weights_digest(start)} for start in starts]
-        drawn, losses = self._draw(starts, torch.full((n,), target), seeds, evaluations)
-        common = {"generator": self.digest, "zoo": self.card.zoo, "prompt": {"target_loss": target}}
+        drawn, losses = self._draw(starts, torch.full((n,), float(target)), seeds, evaluations)
         records = [
             {
                 "weights": weights_digest(drawn.flat[i]),
-                **common,
+                "generator": self.digest,
+                "zoo": self.card.zoo,
+                "prompt": {"target_loss": float(target)},
                 "start": {**origins[i], "loss": float(losses[i])},
                 "seed": seed,
                 "index": i,
@@ -162,6 +150,13 @@ class Generator:
             for i in range(n)
         ]
         return Samples(drawn.flat, self.spec, self.card.layers, records, drawn.evaluations)
+
+    def _checked_starts(self, starts: Tensor, n: int) -> Tensor:
+        """The starts as plain float32 on the CPU, if they fit the network."""
+        if not isinstance(starts, Tensor) or starts.shape != (n, self.spec.size) or not starts.isfinite().all():
+            found = tuple(starts.shape) if isinstance(starts, Tensor) else type(starts).__name__
+            raise MoleError(f"starts: found {found}; legal is a tensor ({n}, {self.spec.size}), all finite")
+        return starts.detach().float().cpu()
 
     def draw(self, starts: Tensor, target_loss: Tensor, *, seed: int = 0, evaluations: int = 1) -> Drawn:
         """Weights (N, P) for starts (N, P) and prompts (N,), without records or warnings."""
@@ -242,6 +237,20 @@ class Generator:
         except (RuntimeError, AssertionError) as error:
             raise MoleError(f"device {str(device)!r}: {error}; legal is cpu, or cuda where PyTorch finds it") from None
         return cls(denoiser.eval(), card, place)
+
+
+def _check_request(target_loss: object, n: object, seed: object, evaluations: object) -> None:
+    """Refuse what `sample` cannot do, everything at once."""
+    whole = {"n": (n, 1, 2**20), "seed": (seed, 0, 2**20 - 1), "evaluations": (evaluations, 1, 1000)}
+    faults = [
+        f"{name} is {value!r}; legal is a whole number from {low} to {high}"
+        for name, (value, low, high) in whole.items()
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high
+    ]
+    if isinstance(target_loss, bool) or not isinstance(target_loss, int | float) or not 0 < target_loss < 1e6:
+        faults.append(f"target_loss is {target_loss!r}; legal is a number above 0, in nats")
+    if faults:
+        raise MoleError("; ".join(faults))
 
 
 def _noise(seed: int, size: int) -> Tensor:
