@@ -86,7 +86,18 @@ def train_generator(
     batches = PairBatches(data.zoo, scale, config.train, seed=config.seed, first_step=first_step)
     watch = _Watch(config, data, card, _State(state, identity, spent), device, progress, log)
     _quiet()
-    trainer = L.Trainer(
+    try:
+        resume = str(state) if first_step else None
+        loader = DataLoader(batches, batch_size=None)
+        _trainer(config, device, watch).fit(module, loader, ckpt_path=resume, weights_only=True)
+    except SystemExit:  # Lightning turns Ctrl-C into an exit
+        raise KeyboardInterrupt from None
+    return Generator(_averaged(module, device), card, device, data.task), watch.seconds, spent
+
+
+def _trainer(config: Config, device: torch.device, watch: L.Callback) -> L.Trainer:
+    """Lightning without its own files, bars and summaries: `watch` does what is wanted of them."""
+    return L.Trainer(
         max_steps=config.train.steps,
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
@@ -98,13 +109,6 @@ def train_generator(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    if first_step < config.train.steps:
-        try:
-            resume = str(state) if first_step else None
-            trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=resume, weights_only=True)
-        except SystemExit:  # Lightning turns Ctrl-C into an exit
-            raise KeyboardInterrupt from None
-    return Generator(_averaged(module, device), card, device, data.task), watch.seconds, spent
 
 
 def _averaged(module: DenoiserTraining, device: torch.device) -> Denoiser:
@@ -141,7 +145,6 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*IterableDataset.*__len__.*")
-    warnings.filterwarnings("ignore", message=".*You're resuming from a checkpoint that ended.*")
     warnings.filterwarnings("ignore", message=".*resuming from a checkpoint.*")
     warnings.filterwarnings("ignore", message=".*batching rule.*")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
