@@ -20,3 +20,7 @@ class CorruptFileError(MoleError):
 
 class PromptWarning(UserWarning):
     """A prompt lies outside what the generator was trained on."""
+
+
+class VectorisationWarning(UserWarning):
+    """A population is trained one network at a time, because its network cannot be batched."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mole.errors import CorruptFileError
+from mole.errors import CorruptFileError, MoleError
 
 
 @contextmanager
@@ -43,6 +43,27 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, problem: str) -> Iterator[None]:
+    """Hold a lock file; the operating system releases it when the process ends, however it ends.
+
+    Raises:
+        MoleError: another process holds it; the message says `problem`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise MoleError(f"{path.parent}: {problem}; wait for it, or choose another") from None
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,19 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from mole.checkpoints import train_population
+from mole.checkpoints.zoo import Zoo
 from mole.config import TaskConfig
-from mole.tasks import Split, Task, load_task
+from mole.tasks import Classification, Split, load_task
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
-def digits() -> Task:
-    return load_task(TaskConfig(name="digits", hidden=16, steps=20))
+def digits() -> Classification:
+    task = load_task(TaskConfig(name="digits", width=16, steps=20))
+    assert isinstance(task, Classification)
+    return task
 
 
 @pytest.fixture(scope="session")
-def toy() -> Task:
+def toy() -> Classification:
     """Five numbers in, four hidden neurons, three classes; made-up data, for speed."""
     generator = torch.Generator().manual_seed(0)
 
@@ -30,7 +34,20 @@ def toy() -> Task:
         images = torch.randn(size, 5, generator=generator) + labels[:, None].float()
         return Split(images, labels)
 
-    return Task(TaskConfig(hidden=4, batch_size=8, steps=12), split(33), split(18), split(15), classes=3)
+    return Classification(TaskConfig(width=4, batch_size=8, steps=12), split(33), split(18), split(15), classes=3)
+
+
+@pytest.fixture(scope="session")
+def toy_zoo(toy: Classification) -> Zoo:
+    """Ten runs of the toy, states after 0, 4, 8 and 12 steps, in memory."""
+    history = train_population(toy, range(10), [0, 4, 8, 12])
+    columns = {
+        "run": [f"{run:03d}" for run in history.runs.tolist()],
+        "step": history.steps,
+        "seed": history.runs,
+        **toy.measure(history.weights, "prompt"),
+    }
+    return Zoo.of(toy.spec, columns, history.weights)
 
 
 def run_command(

@@ -59,7 +59,7 @@ def test_values_may_follow_an_equals_sign_and_may_be_negative_looking() -> None:
         (["--only", ","], "--only: found ''"),
         (["--only", ""], "--only: the value is empty"),
         (["--dry-run=no"], "--dry-run takes no value"),
-        (["--task.hidden", "[" * 2000], "is not a value"),
+        (["--task.width", "[" * 2000], "is not a value"),
         (["--name", ".."], "name: found '..'"),
         (["--seed", "9" * 30], "seed: found 999"),
         (["--out", "/etc/passwd/x"], "/etc/passwd is a file"),

@@ -24,7 +24,7 @@ def test_files_are_layered_left_to_right_and_overrides_come_last(tmp_path: Path)
 
 def test_every_mistake_is_named_at_once_with_file_key_found_legal_and_nearest(tmp_path: Path) -> None:
     path = write(
-        tmp_path, "a.yaml", "train:\n  stepz: 3\n  steps: -1\ntask:\n  name: digit\n  hidden: yes\nharvest: 3\n"
+        tmp_path, "a.yaml", "train:\n  stepz: 3\n  steps: -1\ntask:\n  name: digit\n  width: yes\nharvest: 3\n"
     )
     with pytest.raises(ConfigError) as caught:
         load([path], [("train.learning_rate", "fast")])
@@ -35,8 +35,8 @@ def test_every_mistake_is_named_at_once_with_file_key_found_legal_and_nearest(tm
     assert f"{path}: train.steps: found -1 (int); legal: a whole number of at least 1" in text
     assert f"{path}: task.name: found 'digit' (str); legal: one of digits, mnist, fashion_mnist" in text
     assert "did you mean digits?" in text
-    assert f"{path}: task.hidden: found True (bool); legal: a whole number of at least 1" in text
-    assert f"{path}: harvest: found 3 (int); legal: a mapping with runs, heldout_runs" in text
+    assert f"{path}: task.width: found True (bool); legal: a whole number of at least 1" in text
+    assert f"{path}: harvest: found 3 (int); legal: a mapping with mode, backend, runs, heldout_runs" in text
     assert "command line: train.learning_rate: found 'fast' (str); legal: a number above 0" in text
 
 

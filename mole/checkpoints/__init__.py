@@ -1,6 +1,21 @@
 """Checkpoint histories: populations trained as one computation, and the zoo that keeps them."""
 
-from mole.checkpoints.population import kept_steps, train_population
-from mole.checkpoints.zoo import Zoo, ZooWriter
+from mole.checkpoints.format import Header, verify
+from mole.checkpoints.population import History, train_population
+from mole.checkpoints.schedules import AtRandom, AtSteps, ByLoss, kept_steps
+from mole.checkpoints.writer import ZooWriter
+from mole.checkpoints.zoo import Checkpoint, Zoo
 
-__all__ = ["Zoo", "ZooWriter", "kept_steps", "train_population"]
+__all__ = [
+    "AtRandom",
+    "AtSteps",
+    "ByLoss",
+    "Checkpoint",
+    "Header",
+    "History",
+    "Zoo",
+    "ZooWriter",
+    "kept_steps",
+    "train_population",
+    "verify",
+]

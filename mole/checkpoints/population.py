@@ -1,107 +1,271 @@
-"""Many small networks trained as one batched computation, each on its own data order.
+"""Many small networks trained as one batched computation, each on its own data.
 
-Dimensions: N networks, K kept states, P parameters, B images per step.
+Dimensions: N networks, n of them still training, K kept states, P parameters, B images per step.
 """
 
+import traceback
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.func import vmap
 
+from mole.checkpoints.schedules import AtSteps, Schedule
 from mole.config import TaskConfig
+from mole.errors import VectorisationWarning
 from mole.tasks import Task
+from mole.tasks.batched import advance_keys, dropout_keys
 
 Progress = Callable[[int], None]
 """Told the network-steps done so far: networks times optimiser steps."""
 
+CACHED_NUMBERS = 3_500_000
+"""Numbers of one step's batches that stay in a CPU's last cache; more runs at once are slower, not faster."""
 
-def kept_steps(steps: int, count: int) -> list[int]:
-    """The first step, the last, and log-spaced ones between: at most `count`, all different.
+CHECK_EVERY = 25
+"""Steps between two looks for runs that have diverged."""
 
-    Example:
-        >>> kept_steps(300, 6)
-        [0, 1, 4, 17, 72, 300]
-    """
-    if count < 2 or steps < count - 1:
-        raise ValueError(f"cannot keep {count} of {steps + 1} states; legal is 2 to {steps + 1}")
-    kept: list[int] = [0]
-    for left in range(count - 1, 0, -1):  # equal ratios from here to the end, but at least one step
-        here = kept[-1]
-        ratio = (steps / max(here, 1)) ** (1 / left) if here else 1.0
-        kept.append(min(max(here + 1, round(here * ratio)), steps - left + 1))
-    kept[-1] = steps
-    return kept
+Losses = Callable[..., Tensor]
+"""(state with tensors (n, *shape), batch with tensors (n, B, ...)) -> losses (n,)."""
 
 
-def data_order(seed: int, images: int, batch_size: int, epochs: int) -> Tensor:
-    """Indices (epochs * batches, B) that run `seed` visits: each epoch a new shuffle, the rest dropped."""
-    generator = torch.Generator().manual_seed(seed)
-    batches = images // batch_size
-    shuffles = [torch.randperm(images, generator=generator)[: batches * batch_size] for _ in range(epochs)]
-    return torch.stack(shuffles).reshape(epochs * batches, batch_size)
+@dataclass(frozen=True)
+class History:
+    """Kept states of a population, in order of run and step; rows that are not finite are left out."""
 
+    runs: Tensor
+    """(rows,), which network of the population."""
+    steps: Tensor
+    """(rows,), optimiser steps it has taken."""
+    weights: Tensor
+    """(rows, P) float32, on the CPU."""
+    diverged: Tensor
+    """(N,) bool: the run's loss or weights became NaN or infinite; its rows end before that."""
 
-def make_optimizer(parameters: list[Tensor], config: TaskConfig, learning_rate: float) -> torch.optim.Optimizer:
-    """The task's optimiser over every network at once: its steps are element-wise, so runs stay apart."""
-    if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=learning_rate, weight_decay=config.weight_decay, fused=True)
-    return torch.optim.SGD(
-        parameters, lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=config.weight_decay, fused=True
-    )
-
-
-def learning_rate_at(config: TaskConfig, step: int) -> float:
-    """Learning rate of the recipe at a step, counted from 0."""
-    if config.schedule == "constant":
-        return config.learning_rate
-    return config.learning_rate * 0.5 * (1 + float(np.cos(np.pi * step / config.steps)))
+    @cached_property
+    def regular(self) -> Tensor:
+        """Weights (N, K, P) of a population in which every run keeps the same steps and none diverged."""
+        return self.weights.unflatten(0, (len(self.diverged), -1))
 
 
 def train_population(
     task: Task,
     seeds: Sequence[int],
-    keep: Sequence[int],
+    schedule: Schedule | Sequence[int],
     *,
+    steps: int | None = None,
     initial: Tensor | None = None,
+    compiled: bool | None = None,
     progress: Progress | None = None,
-) -> Tensor:
-    """Train one network per seed by the task's recipe and keep its states.
+) -> History:
+    """Train one network per seed by the task's recipe and keep some of its states.
 
-    A run depends on its seed alone (initialisation and data order), never on its neighbours.
+    A run depends on its seed alone (initialisation, data, dropout), never on its neighbours, up to
+    rounding. A run that diverges stops, and costs no more time.
 
     Args:
         task: data and recipe; the computation runs on the device of its data.
         seeds: one per network.
-        keep: increasing steps whose states are kept; 0 is the initialisation.
+        schedule: which states are kept; or the steps themselves, 0 for the initialisation.
+        steps: optimiser steps; by default the recipe's, or the last of the given steps.
         initial: weights (N, P) to start from instead of fresh ones.
+        compiled: whether the step is compiled; by default on a GPU.
         progress: told the network-steps done so far, N per optimiser step.
 
-    Returns:
-        (N, K, P) float32. A run that diverges holds NaN or infinity from there on.
+    Warns:
+        VectorisationWarning: an operation of the network cannot be batched, and its runs train one by one.
     """
-    config, device = task.config, task.train.images.device
-    start = task.initial(seeds) if initial is None else initial
-    state = {k: v.to(device).clone().requires_grad_() for k, v in task.spec.unflatten(start).items()}
-    optimizer = make_optimizer(list(state.values()), config, config.learning_rate)
-    losses = vmap(task.loss)
-    last, images = keep[-1], len(task.train)
-    batch_size = min(config.batch_size, images)
-    epochs = -(-last // (images // batch_size))
-    order = torch.stack([data_order(seed, images, batch_size, epochs) for seed in seeds], 1)  # (steps, N, B)
-    kept: list[Tensor] = []
-    for step in range(last + 1):
-        if step == keep[len(kept)]:
-            kept.append(task.spec.flatten({k: v.detach() for k, v in state.items()}))
-        if step == last:
-            break
-        index = order[step].to(device)
-        batch = task.train.images.index_select(0, index.flatten()).unflatten(0, index.shape)  # (N, B, D)
-        optimizer.param_groups[0]["lr"] = learning_rate_at(config, step)
-        optimizer.zero_grad()
-        losses(state, batch, task.train.labels[index]).sum().backward()
-        optimizer.step()
+    if isinstance(schedule, Sequence):
+        steps = max(schedule) if steps is None else steps
+        schedule = AtSteps(schedule)
+    total = task.config.steps if steps is None else steps
+    size = len(seeds) if task.device.type == "cuda" else max(1, CACHED_NUMBERS // task.numbers_per_step)
+    kept: list[tuple[Tensor, int, Tensor]] = []
+    diverged = torch.zeros(len(seeds), dtype=torch.bool)
+    for low in range(0, len(seeds), size):
+        part = range(low, min(low + size, len(seeds)))
+        population = _Population(task, [seeds[run] for run in part], None if initial is None else initial[list(part)])
+        population.compiled = task.device.type == "cuda" if compiled is None else compiled
+        for step in range(total + 1):
+            due = schedule.due(step, population.runs + low, population.losses)
+            if due is not None:
+                kept.append((population.runs[due] + low, step, population.weights(due)))
+            if step == total or not len(population.runs):
+                break
+            population.step(step)
+            if progress is not None:
+                progress(low * total + len(part) * (step + 1))
+        diverged[part] = population.diverged()
         if progress is not None:
-            progress(len(seeds) * (step + 1))
-    return torch.stack(kept, 1)
+            progress((low + len(part)) * total)
+    return _history(kept, diverged, task.spec.size)
+
+
+def _history(kept: list[tuple[Tensor, int, Tensor]], diverged: Tensor, size: int) -> History:
+    runs = torch.cat([run for run, _, _ in kept])
+    steps = torch.cat([torch.full((len(run),), step) for run, step, _ in kept])
+    order = torch.from_numpy(np.lexsort((steps.numpy(), runs.numpy())))
+    weights = torch.empty(len(order), size)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    low = 0
+    for index, (run, _, part) in enumerate(kept):
+        weights[place[low : low + len(run)]] = part
+        kept[index] = (run, 0, part[:0])  # its memory is not held twice
+        low += len(run)
+    runs, steps = runs[order], steps[order]
+    finite = torch.tensor([bool(row.isfinite().all()) for row in weights], dtype=torch.bool)
+    if not finite.all():
+        diverged = diverged.clone()
+        diverged[runs[~finite]] = True
+        runs, steps, weights = runs[finite], steps[finite], weights[finite]
+    return History(runs, steps, weights, diverged)
+
+
+class _Population:
+    """The stacked state of runs that train together: learners, optimiser and data."""
+
+    def __init__(self, task: Task, seeds: Sequence[int], initial: Tensor | None) -> None:
+        self.task, self.seeds = task, torch.tensor(list(seeds))
+        self.runs = torch.arange(len(seeds))
+        """(n,), which runs still train."""
+        self.began = len(seeds)
+        self.losses: Tensor | None = None
+        self.compiled = False
+        learners = [task.learner(seed) for seed in seeds]
+        self.trained = [name for name, _ in learners[0].named_parameters()]
+        states = [learner.state_dict() for learner in learners]
+        state = {name: torch.stack([s[name] for s in states]) for name in states[0]}
+        if initial is not None:
+            state |= {task.prefix + name: tensor.clone() for name, tensor in task.spec.unflatten(initial).items()}
+        self.keys = dropout_keys(task.template)
+        state |= {name: torch.zeros(len(seeds), dtype=torch.int64) for name in self.keys}
+        self.state = {name: tensor.to(task.device) for name, tensor in state.items()}
+        for name in self.trained:
+            self.state[name].requires_grad_()
+        self.optimizer = make_optimizer([self.state[name] for name in self.trained], task.config)
+        self.feed = task.feed(seeds)
+
+    def step(self, step: int) -> None:
+        """One optimiser step of every run."""
+        batch = self.feed.batch(step, self.state)
+        advance_keys(self.state, self.keys, self.seeds, step)
+        self.optimizer.param_groups[0]["lr"] = learning_rate_at(self.task, step)
+        self.optimizer.zero_grad()
+        losses = self.batched_losses(self.state, *batch) if step else self._first_losses(batch)
+        losses.sum().backward()
+        if self.task.config.gradient_clip is not None:
+            self._clip(self.task.config.gradient_clip)
+        self.optimizer.step()
+        self.losses = losses.detach()
+        if step % CHECK_EVERY == CHECK_EVERY - 1:
+            self._stop_diverged()
+
+    def _first_losses(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """The first step decides how losses are computed: batched, or one by one where that cannot be."""
+        buffers = {name: t.clone() for name, t in self.state.items() if name not in self.trained}
+        batched = vmap(self.task.loss)
+        self.batched_losses: Losses = torch.compile(batched, dynamic=False) if self.compiled else batched
+        try:
+            return self.batched_losses(self.state, *batch)
+        except (RuntimeError, ValueError) as error:
+            where, problem = _operation(error), " ".join(str(error).split())[:160]
+            warnings.warn(
+                f"{self.task.config.name}: the network cannot be batched ({where}: {problem}); "
+                "its runs are trained one after the other, which is slower",
+                VectorisationWarning,
+                stacklevel=4,
+            )
+            for name, tensor in buffers.items():
+                self.state[name].copy_(tensor)
+            self.batched_losses = one_by_one(self.task.loss)
+            return self.batched_losses(self.state, *batch)
+
+    def _clip(self, largest: float) -> None:
+        gradients = [g for name in self.trained if (g := self.state[name].grad) is not None]
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)  # (n,)
+        factor = (largest / (norms + 1e-6)).clamp(max=1)
+        for gradient in gradients:
+            gradient.mul_(factor.reshape(-1, *[1] * (gradient.ndim - 1)))
+
+    def _stop_diverged(self) -> None:
+        """Go on with the runs whose last loss was finite."""
+        assert self.losses is not None
+        finite = self.losses.isfinite().cpu()
+        if finite.all():
+            return
+        alive = finite.nonzero()[:, 0]
+        self.runs, self.seeds, self.losses = (
+            self.runs[alive],
+            self.seeds[alive],
+            self.losses[alive.to(self.task.device)],
+        )
+        index = alive.to(self.task.device)
+        if len(alive):
+            self.feed.keep(alive)
+        old = self.optimizer
+        moments = [old.state[self.state[name]] for name in self.trained]
+        self.state = {name: tensor.detach()[index] for name, tensor in self.state.items()}
+        for name in self.trained:
+            self.state[name].requires_grad_()
+        self.optimizer = make_optimizer([self.state[name] for name in self.trained], self.task.config)
+        for name, moment in zip(self.trained, moments, strict=True):
+            self.optimizer.state[self.state[name]] = {
+                key: value[index] if isinstance(value, Tensor) and value.ndim else value
+                for key, value in moment.items()
+            }
+
+    def weights(self, due: Tensor) -> Tensor:
+        """Weights (m, P) of the runs that are due, on the CPU."""
+        spec, prefix = self.task.spec, self.task.prefix
+        state = {entry.name: self.state[prefix + entry.name].detach() for entry in spec.entries}
+        flat = spec.flatten(state)
+        return (flat if due.all() else flat[due.to(flat.device)]).cpu()
+
+    def diverged(self) -> Tensor:
+        """(N,) bool, for the whole population it began with."""
+        ended = torch.ones(self.began, dtype=torch.bool)
+        ended[self.runs] = False
+        if self.losses is not None:
+            ended[self.runs] = ~self.losses.isfinite().cpu()
+        return ended
+
+
+def one_by_one(loss: Callable[..., Tensor]) -> Losses:
+    """Losses of a population without `vmap`: slower, and without its limits."""
+
+    def losses(state: dict[str, Tensor], *batch: Tensor) -> Tensor:
+        count = len(batch[0])
+        found = [loss({k: v[i] for k, v in state.items()}, *(part[i] for part in batch)) for i in range(count)]
+        return torch.stack(found)
+
+    return losses
+
+
+def _operation(error: BaseException) -> str:
+    """The line of the network, or of whatever else is not of PyTorch, that could not be batched."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "/torch/" not in frame.filename and "<" not in frame.filename] or frames
+    return f"{ours[-1].filename}:{ours[-1].lineno} `{ours[-1].line}`"
+
+
+def make_optimizer(parameters: list[Tensor], config: TaskConfig) -> torch.optim.Optimizer:
+    """The task's optimiser over every network at once: its steps are element-wise, so runs stay apart."""
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay, fused=True)
+    return torch.optim.SGD(parameters, lr=rate, momentum=0.9, nesterov=True, weight_decay=decay, fused=True)
+
+
+def learning_rate_at(task: Task, step: int) -> float:
+    """Learning rate of the recipe at a step, counted from 0."""
+    config = task.config
+    if config.schedule == "constant":
+        return config.learning_rate
+    if config.schedule == "epoch_cosine":
+        step -= step % task.steps_per_epoch
+    return config.learning_rate * 0.5 * (1 + float(np.cos(np.pi * step / config.steps)))

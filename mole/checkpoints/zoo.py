@@ -1,206 +1,381 @@
-"""The zoo: checkpoint histories on disk, whole shards or none, each with its digest.
+"""A zoo of checkpoint histories: its index in memory, its weights where they are, on disk or in memory.
 
-    zoo/zoo.json                    format, task, recipe, steps kept, the weight specification
-    zoo/shard-00000.safetensors     weights (runs, steps, P), loss and accuracy (runs, steps), seeds (runs)
-    zoo/shard-00000.json            digest of the shard; a shard counts once this file stands
-    zoo/seconds.json                seconds that each shard took
-
-Dimensions: R runs, K kept states, P parameters.
+Dimensions: R runs, n checkpoints, P parameters.
 """
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mole.checkpoints.format import (
+    INDEX_KEYS,
+    Dtype,
+    Header,
+    ShardFiles,
+    read_header,
+    read_layouts,
+    shards,
+    weights_shape,
+)
 from mole.errors import CorruptFileError, MoleError
-from mole.files import file_digest, read_json, remove, replacing, value_digest, write_json
-from mole.representations import WeightSpec
-from mole.tasks import Metrics
+from mole.files import value_digest
+from mole.representations import WeightSpec, weights_digest
 
-FORMAT = 1
+OPEN_SHARDS = 256
+"""Shards that stay mapped; the kernel keeps the bytes, this keeps the handles."""
+
+
+class Source(Protocol):
+    """Where the weights of checkpoints are; rows are numbered as in the index."""
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Weights (n, P) float32 of the checkpoints at `rows` (n,)."""
+        ...
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """One kept state of one run."""
+
+    run: str
+    step: int
+    values: dict[str, Any]
+    """Metrics and factors."""
+    weights: Tensor
+    """(P,) float32."""
+    spec: WeightSpec
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names of the network's own tensors."""
+        return self.spec.unflatten(self.weights)
+
+
 class Zoo:
-    """Histories of many trainings of one network family, in memory.
+    """Histories of many trainings, in order of run and step; opening reads the index, never the weights.
+
+    Args:
+        path: folder of the zoo.
+
+    Raises:
+        MoleError: there is no zoo, or nothing in it yet.
+        CorruptFileError: naming every file that is missing or truncated. Bits that were flipped are
+            found by `mole zoo verify`, which reads every byte.
 
     Example:
-        >>> zoo = Zoo.open(Path("runs/digits/zoo"))
-        >>> zoo.weights.shape
-        torch.Size([2112, 30, 1210])
+        >>> zoo = mole.Zoo("runs/digits/zoo")
+        >>> good = zoo.filter(loss=lambda loss: loss < 0.2)
+        >>> weights = good.read(torch.arange(8))
     """
 
-    spec: WeightSpec
-    steps: list[int]
-    seeds: Tensor
-    """(R,) int64."""
-    weights: Tensor
-    """(R, K, P) float32, finite."""
-    loss: Tensor
-    """(R, K) on the prompt images, in nats."""
-    accuracy: Tensor
-    """(R, K) on the prompt images, 0..1."""
-    digest: str
-    """Of every shard together."""
-    skipped: int
-    """Runs left out because a state of theirs was NaN or infinite."""
+    def __init__(self, path: str | Path) -> None:
+        folder = Path(path)
+        header, layouts, files = read_header(folder), read_layouts(folder), shards(folder)
+        if not files:
+            raise MoleError(f"{folder}: no finished shard; run the harvest stage, or whatever fills this zoo")
+        tables, sizes = _tables(files, header.dtype, layouts)
+        index = pa.concat_tables(tables, promote_options="permissive")
+        source = ShardSource(files, sizes, header.dtype)
+        self.digest = value_digest(sorted(index["digest"].unique().to_pylist()))
+        """Identity of the zoo: of all its shards, also where only a part of them was chosen."""
+        self._build(str(folder), header, layouts, index, source, torch.arange(len(index)))
 
-    def __repr__(self) -> str:
-        runs, states, size = self.weights.shape
-        return (
-            f"Zoo({runs} runs x {states} checkpoints of {size} parameters, {self.skipped} runs skipped, "
-            f"prompt loss {self.loss.min():.3f} to {self.loss.max():.3f})"
+    @classmethod
+    def of(
+        cls,
+        spec: WeightSpec,
+        columns: dict[str, Any],
+        weights: Tensor,
+        *,
+        metric: str = "loss",
+        name: str = "in memory",
+    ) -> "Zoo":
+        """A zoo in memory: columns `run`, `step`, metrics and factors; weights (n, P)."""
+        count = len(weights)
+        full = {"diverged": [False] * count, **columns, "layout": [spec.fingerprint[:16]] * count}
+        arrays = {k: pa.array(v.numpy() if isinstance(v, Tensor) else list(v)) for k, v in full.items()}
+        zoo = cls.__new__(cls)
+        layouts = {spec.fingerprint[:16]: spec}
+        zoo.digest = weights_digest(weights)
+        header = Header(metric, "float32", {})
+        zoo._build("in memory", header, layouts, pa.table(arrays), MemorySource(weights), torch.arange(count))
+        return zoo
+
+    def _build(
+        self, name: str, header: Header, layouts: dict[str, WeightSpec], index: pa.Table, source: Source, rows: Tensor
+    ) -> None:
+        self.name, self.header, self.source = name, header, source
+        codes = _codes(index, "run")
+        steps = index["step"].to_numpy()
+        if not _in_order(codes, steps):
+            order = np.lexsort((steps, codes))
+            index, rows, codes = index.take(pa.array(order)), rows[torch.from_numpy(order)], codes[order]
+        self.index: pa.Table = index
+        """Run, step, metrics and factors of every checkpoint, in order of run and step."""
+        self.rows = rows
+        used = set(index["layout"].unique().to_pylist())
+        self.layouts = {key: spec for key, spec in layouts.items() if key in used}
+        cuts = np.flatnonzero(np.diff(codes)) + 1
+        self.bounds = torch.from_numpy(np.concatenate([[0], cuts, [len(codes)]]).astype(np.int64))
+        """(R + 1,): the checkpoints of run r are those from `bounds[r]` to `bounds[r + 1]`."""
+
+    def __len__(self) -> int:
+        """Number of checkpoints, n."""
+        return len(self.rows)
+
+    @property
+    def runs(self) -> int:
+        """Number of runs, R."""
+        return len(self.bounds) - 1
+
+    @property
+    def first(self) -> Tensor:
+        """(R,), where each run's first checkpoint is."""
+        return self.bounds[:-1]
+
+    @property
+    def last(self) -> Tensor:
+        """(R,), where each run's last checkpoint is."""
+        return self.bounds[1:] - 1
+
+    @property
+    def spec(self) -> WeightSpec:
+        """The layout of the networks.
+
+        Raises:
+            MoleError: there are several; a filter must choose.
+        """
+        if len(self.layouts) == 1:
+            return next(iter(self.layouts.values()))
+        specs = list(self.layouts.values())
+        raise MoleError(
+            f"{self.name}: networks of {len(specs)} layouts ({differences(*specs[:2])}); filter by a factor"
         )
 
-    def runs(self, indices: slice) -> "Zoo":
-        """The part of the zoo with these runs."""
-        parts = (self.seeds[indices], self.weights[indices], self.loss[indices], self.accuracy[indices])
-        return Zoo(self.spec, self.steps, *parts, digest=self.digest, skipped=0)
+    @property
+    def metric(self) -> str:
+        """Name of the metric that generators are conditioned on."""
+        return self.header.metric
+
+    @cached_property
+    def loss(self) -> Tensor:
+        """(n,) float32: the conditioning metric of every checkpoint; NaN where it is not known."""
+        return torch.from_numpy(self.column(self.metric).astype(np.float32))
+
+    def column(self, name: str) -> np.ndarray:
+        """One column of the index: (n,).
+
+        Raises:
+            MoleError: there is no such column.
+        """
+        if name not in self.index.column_names:
+            raise MoleError(f"{self.name}: no column {name!r}; it has {', '.join(self.index.column_names)}")
+        return self.index[name].to_numpy()
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of metrics and factors."""
+        return [name for name in self.index.column_names if name not in (*INDEX_KEYS, "digest")]
+
+    def read(self, which: Tensor | Sequence[int]) -> Tensor:
+        """Weights (m, P) float32 of the checkpoints at these places (m,) of the index."""
+        _ = self.spec
+        return self.source.read(self.rows[torch.as_tensor(which)])
+
+    def __getitem__(self, place: int) -> Checkpoint:
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"checkpoint {place} of {len(self)}")
+        place %= len(self)
+        row = {name: self.index[name][place].as_py() for name in self.index.column_names}
+        values = {name: row[name] for name in self.columns}
+        weights = self.source.read(self.rows[place : place + 1])[0]
+        return Checkpoint(row["run"], row["step"], values, weights, self.layouts[row["layout"]])
+
+    def __iter__(self) -> Iterator[Checkpoint]:
+        return (self[place] for place in range(len(self)))
+
+    def chunks(self, size: int = 4096) -> Iterator[Tensor]:
+        """Every checkpoint's weights, in parts (size, P) of bounded memory."""
+        for low in range(0, len(self), size):
+            yield self.read(torch.arange(low, min(low + size, len(self))))
+
+    def batches(self, size: int, *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless random batches: places in the index (size,), and weights (size, P)."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            which = torch.randint(len(self), (size,), generator=generator)
+            yield which, self.read(which)
+
+    def filter(self, **wanted: Any) -> "Zoo":
+        """The checkpoints whose columns have these values, are among these values, or satisfy these functions.
+
+        Args:
+            wanted: column to a value, a list of values, or a function from the column (n,) to (n,) bool.
+
+        Raises:
+            MoleError: there is no such column, or nothing is left.
+        """
+        mask = np.ones(len(self), bool)
+        for name, want in wanted.items():
+            values = self.column(name)
+            if isinstance(want, Callable):
+                mask &= np.asarray(want(values), bool)
+            elif isinstance(want, list | tuple | set) and not isinstance(self.index[name][0].as_py(), list):
+                mask &= np.isin(values, list(want))
+            else:
+                mask &= np.array([_same(value, want) for value in values]) if values.dtype == object else values == want
+        return self._part(np.flatnonzero(mask), ", ".join(wanted))
+
+    def finished(self) -> "Zoo":
+        """The checkpoints of runs that did not diverge, whose conditioning metric is a finite number."""
+        good = ~self.column("diverged").astype(bool) & np.isfinite(self.loss.numpy())
+        if not good.any():
+            raise MoleError(f"{self.name}: every run diverged, or has no {self.metric}; lower task.learning_rate")
+        return self if good.all() else self._part(np.flatnonzero(good), f"diverged, {self.metric}")
+
+    def of_runs(self, runs: slice) -> "Zoo":
+        """The runs at these places, in their order."""
+        low, high, _ = runs.indices(self.runs)
+        return self._part(np.arange(int(self.bounds[low]), int(self.bounds[max(low, high)])), "runs")
 
     def split_by_run(self, heldout: int) -> tuple["Zoo", "Zoo"]:
         """Training runs and the last `heldout` runs, which share nothing with them."""
-        if not 0 < heldout < len(self.seeds):
-            raise MoleError(f"cannot hold out {heldout} of {len(self.seeds)} runs; legal is 1 to {len(self.seeds) - 1}")
-        cut = len(self.seeds) - heldout
-        return self.runs(slice(0, cut)), self.runs(slice(cut, None))
+        if not 0 < heldout < self.runs:
+            raise MoleError(f"cannot hold out {heldout} of {self.runs} runs; legal is 1 to {self.runs - 1}")
+        return self.of_runs(slice(0, self.runs - heldout)), self.of_runs(slice(self.runs - heldout, None))
 
-    @classmethod
-    def open(cls, folder: Path) -> "Zoo":
-        """Read and check a zoo.
+    def _part(self, places: np.ndarray, why: str) -> "Zoo":
+        if not len(places):
+            raise MoleError(f"{self.name}: no checkpoint is left ({why}); the zoo is {self!r}")
+        zoo = type(self).__new__(type(self))
+        zoo.digest = self.digest
+        rows = self.rows[torch.from_numpy(places)]
+        zoo._build(self.name, self.header, self.layouts, self.index.take(pa.array(places)), self.source, rows)
+        return zoo
 
-        Raises:
-            MoleError: there is no zoo, or its shards differ in shape.
-            CorruptFileError: naming every shard whose bytes are not those that were written.
-        """
-        header = _header(folder)
-        spec = WeightSpec.from_json(header["spec"])
-        names = sorted(path.stem for path in folder.glob("shard-*.json"))
-        if not names:
-            raise MoleError(f"{folder}: no finished shard; run the harvest stage first")
-        faults = [fault for name in names if (fault := shard_fault(folder, name))]
-        if faults:
-            raise CorruptFileError("; ".join(faults) + "; run the harvest stage again to replace them")
-        shards = [_load(folder / f"{name}.safetensors") for name in names]
-        wanted = (len(header["steps"]), spec.size)
-        for name, shard in zip(names, shards, strict=True):
-            if tuple(shard["weights"].shape[1:]) != wanted:
-                raise MoleError(
-                    f"{folder}/{name}.safetensors: weights of shape {tuple(shard['weights'].shape)}; "
-                    f"this zoo holds (runs, {wanted[0]}, {wanted[1]})"
-                )
-        seeds, weights, loss, accuracy = (
-            torch.cat([shard[key] for shard in shards]) for key in ("seeds", "weights", "loss", "accuracy")
+    def __repr__(self) -> str:
+        sizes = " or ".join(sorted({f"{spec.size:,}" for spec in self.layouts.values()}))
+        low, high = np.nanmin(self.loss.numpy()), np.nanmax(self.loss.numpy())
+        return (
+            f"Zoo({self.name}: {self.runs:,} runs, {len(self):,} checkpoints of {sizes} parameters, "
+            f"{self.header.dtype}, {self.metric} {low:.4g} to {high:.4g}; columns {', '.join(self.columns)})"
         )
-        finite = torch.stack([w.isfinite().all() for w in weights]) & loss.isfinite().all(1)
-        if not finite.any():
-            raise MoleError(f"{folder}: every run diverged; lower task.learning_rate")
-        if not finite.all():
-            seeds, weights, loss, accuracy = seeds[finite], weights[finite], loss[finite], accuracy[finite]
-        digest = value_digest([read_json(folder / f"{name}.json")["sha256"] for name in names])
-        return cls(spec, header["steps"], seeds, weights, loss, accuracy, digest, int((~finite).sum()))
 
 
-class ZooWriter:
-    """Appends shards to a zoo folder; what is already there and sound is kept.
+class MemorySource:
+    """Weights (n, P) in memory."""
 
-    A folder that holds a zoo of another task or recipe is emptied first.
-    """
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
 
-    def __init__(self, folder: Path, spec: WeightSpec, steps: Sequence[int], recipe: dict[str, Any]) -> None:
-        self.folder = folder
-        header = {"format": FORMAT, "recipe": recipe, "steps": list(steps), "spec": spec.to_json()}
+    def read(self, rows: Tensor) -> Tensor:
+        return self.weights.index_select(0, rows)
+
+
+class ShardSource:
+    """Weights in the shards of a zoo, mapped into memory when they are first read."""
+
+    def __init__(self, files: list[ShardFiles], sizes: list[int], dtype: Dtype) -> None:
+        self.files = files
+        self.dtype: Dtype = dtype
+        self.ends = torch.tensor(sizes).cumsum(0)
+        self.open: OrderedDict[int, Tensor] = OrderedDict()
+
+    def read(self, rows: Tensor) -> Tensor:
+        if len(self.files) == 1:
+            return self._shard(0).index_select(0, rows).float()
+        shard = torch.searchsorted(self.ends, rows, right=True)
+        inside = rows - torch.cat([torch.zeros(1, dtype=torch.int64), self.ends])[shard]
+        numbers = shard.unique().tolist()
+        if len(numbers) == 1:
+            return self._shard(numbers[0]).index_select(0, inside).float()
+        out = torch.empty(len(rows), self._shard(numbers[0]).shape[1])
+        for number in numbers:
+            here = (shard == number).nonzero()[:, 0]
+            out.index_copy_(0, here, self._shard(number).index_select(0, inside[here]).float())
+        return out
+
+    def _shard(self, number: int) -> Tensor:
+        """Weights (n, P) of a shard, mapped: only what is read is loaded."""
+        if number in self.open:
+            self.open.move_to_end(number)
+            return self.open[number]
+        path = self.files[number].weights
+        weights_shape(path, self.dtype)  # a file cut off since the zoo was opened is said, not a bus error
         try:
-            same = read_json(folder / "zoo.json") == header
-        except (FileNotFoundError, CorruptFileError):
-            same = False
-        if not same:
-            for path in folder.glob("shard-*"):
-                remove(path)
-            write_json(folder / "zoo.json", header)
+            with safe_open(path, framework="pt") as file:
+                tensor = file.get_tensor("weights")
+        except (SafetensorError, OSError) as error:
+            raise CorruptFileError(f"{path}: {error}") from None
+        self.open[number] = tensor
+        if len(self.open) > OPEN_SHARDS:
+            self.open.popitem(last=False)
+        return tensor
 
-    def has(self, index: int, seeds: Sequence[int]) -> bool:
-        """Whether this shard is finished, undamaged and holds just these runs."""
-        name = shard_name(index)
-        if not (self.folder / f"{name}.json").exists() or shard_fault(self.folder, name):
-            return False
-        return _load(self.folder / f"{name}.safetensors")["seeds"].tolist() == list(seeds)
 
-    def write(self, index: int, seeds: Sequence[int], weights: Tensor, metrics: Metrics, *, seconds: float) -> None:
-        """Write one shard: weights (R, K, P), metrics (R, K), and the seconds that it took to train."""
-        name = shard_name(index)
-        (self.folder / f"{name}.json").unlink(missing_ok=True)
-        tensors = {
-            "weights": weights.float().cpu().contiguous(),
-            "loss": metrics.loss.float().cpu().contiguous(),
-            "accuracy": metrics.accuracy.float().cpu().contiguous(),
-            "seeds": torch.tensor(list(seeds)),
-        }
-        with replacing(self.folder / f"{name}.safetensors") as temporary:
-            save_file(tensors, temporary)
-        digest = file_digest(self.folder / f"{name}.safetensors")
-        write_json(self.folder / f"{name}.json", {"runs": len(seeds), "sha256": digest})
-        write_json(self.folder / "seconds.json", {**self._seconds(), name: seconds})
-
-    def seconds(self) -> float:
-        """What all the shards took, in whichever session they were made."""
-        return sum(s for name, s in self._seconds().items() if (self.folder / f"{name}.json").exists())
-
-    def _seconds(self) -> dict[str, float]:
+def _tables(files: list[ShardFiles], dtype: Dtype, layouts: dict[str, WeightSpec]) -> tuple[list[pa.Table], list[int]]:
+    """The index of every shard and its rows, checked against its weights' header."""
+    tables, sizes, faults = [], [], []
+    for shard in files:
         try:
-            return read_json(self.folder / "seconds.json")
-        except (FileNotFoundError, CorruptFileError):
-            return {}
-
-    def trim(self, shards: int) -> None:
-        """Delete shards beyond the first `shards`: those of an earlier, larger harvest."""
-        for path in self.folder.glob("shard-*"):
-            if int(path.stem.removeprefix("shard-")) >= shards:
-                remove(path)
-
-
-def shard_name(index: int) -> str:
-    """File name of a shard, without its suffix."""
-    return f"shard-{index:05d}"
-
-
-def shard_fault(folder: Path, name: str) -> str | None:
-    """What is wrong with a shard, or None."""
-    path = folder / f"{name}.safetensors"
-    if not path.exists():
-        return f"{path}: missing"
-    try:
-        expected = read_json(folder / f"{name}.json")["sha256"]
-    except (CorruptFileError, KeyError, TypeError) as error:
-        return f"{folder / name}.json: unreadable ({error})"
-    if file_digest(path) != expected:
-        return f"{path}: truncated or altered (its digest differs from the one recorded)"
-    return None
+            table = pq.read_table(shard.index, read_dictionary=["run", "layout", "digest"])
+            rows, size = weights_shape(shard.weights, dtype)
+            missing = set(INDEX_KEYS) - set(table.column_names)
+            unknown = missing or set(table["layout"].unique().to_pylist()) - layouts.keys()
+            sizes_found = set() if unknown else {layouts[key].size for key in table["layout"].unique().to_pylist()}
+            if unknown or len(table) != rows or sizes_found != {size}:
+                raise CorruptFileError(
+                    f"{shard.index}: {len(table)} checkpoints of {sorted(sizes_found)} parameters, but "
+                    f"{shard.weights.name} holds {rows} of {size}" + (f"; unknown {sorted(unknown)}" if unknown else "")
+                )
+        except CorruptFileError as error:
+            faults.append(str(error))
+        except (pa.ArrowException, OSError, KeyError) as error:
+            faults.append(f"{shard.index}: truncated or altered ({' '.join(str(error).split())[:200]})")
+        else:
+            tables.append(table)
+            sizes.append(rows)
+    if faults:
+        raise CorruptFileError("; ".join(faults) + "; make those shards again")
+    return tables, sizes
 
 
-def _header(folder: Path) -> dict[str, Any]:
-    try:
-        header = read_json(folder / "zoo.json")
-    except FileNotFoundError:
-        raise MoleError(f"{folder}: no zoo here (zoo.json is missing); run the harvest stage first") from None
-    if not isinstance(header, dict) or not {"steps", "spec"} <= header.keys():
-        raise CorruptFileError(f"{folder}/zoo.json: not the header of a zoo; run the harvest stage again")
-    if header.get("format") != FORMAT:
-        raise MoleError(f"{folder}/zoo.json: format {header.get('format')}; this version reads {FORMAT}")
-    return header
+def _codes(index: pa.Table, name: str) -> np.ndarray:
+    """Whole numbers in the order of the texts of a column."""
+    column = index[name].combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.string())
+    if not isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_encode()
+    names = column.dictionary.to_numpy(zero_copy_only=False)
+    ranks = np.empty(len(names), np.int64)
+    ranks[np.argsort(names, kind="stable")] = np.arange(len(names))
+    return ranks[column.indices.to_numpy()]
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CorruptFileError(f"{path}: not a safetensors file ({error})") from None
-    missing = {"weights", "loss", "accuracy", "seeds"} - tensors.keys()
-    if missing:
-        raise CorruptFileError(f"{path}: lacks {', '.join(sorted(missing))}")
-    return tensors
+def _in_order(codes: np.ndarray, steps: np.ndarray) -> bool:
+    later = np.diff(codes)
+    return bool(((later > 0) | ((later == 0) & (np.diff(steps) > 0))).all())
+
+
+def _same(value: Any, want: Any) -> bool:
+    return (value.tolist() if isinstance(value, np.ndarray) else value) == want
+
+
+def differences(one: WeightSpec, other: WeightSpec) -> str:
+    """The first tensor that differs between two layouts, with both shapes."""
+    first, second = ({e.name: (e.shape, e.dtype) for e in spec.entries} for spec in (one, other))
+    for name in [*first, *second]:
+        if first.get(name) != second.get(name):
+            found = [f"{found[0]}" if found else "absent" for found in (first.get(name), second.get(name))]
+            return f"{name} is {found[0]} and {found[1]}"
+    return "the order of tensors, or what is interchangeable, differs"

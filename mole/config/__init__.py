@@ -12,6 +12,7 @@ from mole.config.sections import (
     TaskConfig,
     TrackingConfig,
     TrainConfig,
+    VaryConfig,
     keys,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "TaskConfig",
     "TrackingConfig",
     "TrainConfig",
+    "VaryConfig",
     "keys",
     "load",
     "to_yaml",

@@ -18,35 +18,111 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class TaskConfig(Section):
-    """What the small networks learn, and how each of them is trained."""
+RECIPES: dict[str, dict[str, Any]] = {
+    "digits": {},
+    "mnist": {
+        "width": 10, "optimizer": "sgd", "learning_rate": 0.1, "schedule": "epoch_cosine", "weight_decay": 5e-4,
+        "steps": 11_325,
+    },
+    "cifar10": {
+        "width": 16, "depth": 2, "optimizer": "sgd", "learning_rate": 0.1, "schedule": "epoch_cosine",
+        "weight_decay": 5e-4, "steps": 18_750,
+    },
+    "cartpole": {
+        "width": 32, "depth": 2, "activation": "selu", "learning_rate": 3e-4, "schedule": "cosine",
+        "gradient_clip": 0.5, "steps": 8_000,
+    },
+    "iris": {"width": 8, "batch_size": 30},
+    "wine": {"width": 8, "batch_size": 32},
+    "breast_cancer": {"batch_size": 64},
+}  # fmt: skip
+"""Per data set what differs from the defaults below. MNIST, CIFAR-10 and CartPole are G.pt's recipes: 25 and 50
+epochs of the training images left after the prompt images are taken off, and 500 iterations of 16 steps."""
+RECIPES["fashion_mnist"] = RECIPES["mnist"]
 
-    name: Literal["digits", "mnist", "fashion_mnist"] = "digits"
-    """Data set."""
-    hidden: Count = 16
-    """Width of the hidden layer of the ReLU network."""
+TaskName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cartpole", "iris", "wine", "breast_cancer"]
+
+
+class TaskConfig(Section):
+    """What the small networks learn, and how each of them is trained; defaults depend on the data set."""
+
+    name: TaskName = "digits"
+    """Data set, or environment."""
+    width: Count = 16
+    """Hidden neurons per layer; of a convolutional network the channels of the first layer."""
+    depth: Count = 1
+    """Hidden layers."""
+    activation: Literal["relu", "gelu", "silu", "tanh", "selu"] = "relu"
     optimizer: Literal["adam", "sgd"] = "adam"
     """`sgd` is with Nesterov momentum 0.9."""
     learning_rate: Positive = 0.01
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "epoch_cosine"] = "constant"
+    """`epoch_cosine` changes the learning rate between epochs only."""
     weight_decay: NonNegative = 0.0
+    gradient_clip: Positive | None = None
+    """Largest norm of a network's gradient; null does not clip."""
     batch_size: Count = 128
     """Images per step and network."""
     steps: Count = 300
     """Optimiser steps per network."""
+    labels: Annotated[list[Natural], Field(min_length=2)] | None = None
+    """Only images of these labels; null takes all."""
+    data_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the training images that a run sees, drawn by its seed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe_of_the_data_set(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        name = values.get("name", "digits")
+        return {**RECIPES.get(name, {}), **values} if isinstance(name, str) else values
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> "TaskConfig":
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels {self.labels}: legal is each label once")
+        return self
+
+
+class VaryConfig(Section):
+    """Keys of `task` that differ between runs: each run draws one value of every list given here."""
+
+    width: Annotated[list[Count], Field(min_length=1)] | None = None
+    depth: Annotated[list[Count], Field(min_length=1)] | None = None
+    activation: Annotated[list[Literal["relu", "gelu", "silu", "tanh", "selu"]], Field(min_length=1)] | None = None
+    optimizer: Annotated[list[Literal["adam", "sgd"]], Field(min_length=1)] | None = None
+    learning_rate: LearningRates | None = None
+    batch_size: Annotated[list[Count], Field(min_length=1)] | None = None
+    labels: Annotated[list[Annotated[list[Natural], Field(min_length=2)]], Field(min_length=1)] | None = None
+    data_fraction: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] | None = None
 
 
 class HarvestConfig(Section):
     """How many networks are trained, and which of their states are kept."""
 
+    mode: Literal["disk", "stream"] = "disk"
+    """`stream` trains the generator on populations while they train; no zoo is written."""
+    backend: Literal["local", "ray"] = "local"
+    """Where populations train: in this process, or on every machine of a Ray cluster (`pip install mole[ray]`)."""
     runs: Annotated[int, Field(ge=2, le=2**19)] = 2048
-    """Networks whose histories train the generator."""
+    """Networks whose histories train the generator; while streaming, those that it is judged against."""
     heldout_runs: Annotated[int, Field(ge=1, le=2**19)] = 64
     """Further networks that the generator never sees."""
     checkpoints: Annotated[int, Field(ge=2)] = 30
-    """States kept per run: the first, the last, and log-spaced ones between."""
+    """States kept per run, at most."""
+    keep: Literal["log", "even", "random", "loss"] = "log"
+    """Which ones beside the first and the last: log-spaced, evenly spaced or random steps (G.pt's), or whenever the
+    training loss has fallen by a constant factor."""
+    vary: VaryConfig = VaryConfig()
     group_size: Count = 256
     """Networks trained at once, and written as one shard."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the weights on disk."""
+    reuse: Count = 64
+    """While streaming: times that the generator may read a checkpoint."""
+    reservoir: Annotated[int, Field(ge=2)] = 512
+    """While streaming: runs held in memory."""
 
 
 class GeneratorConfig(Section):
@@ -178,12 +254,12 @@ class Config(Section):
         return self
 
 
-def keys() -> list[str]:
-    """Every key of the configuration, dotted."""
+def keys(section: type[Section] | None = None) -> list[str]:
+    """Every key of the configuration, or of a section of it, dotted."""
     result: list[str] = []
-    for name, field in Config.model_fields.items():
+    for name, field in (section or Config).model_fields.items():
         annotation: Any = field.annotation
-        result += [f"{name}.{key}" for key in annotation.model_fields] if is_section(annotation) else [name]
+        result += [f"{name}.{key}" for key in keys(annotation)] if is_section(annotation) else [name]
     return result
 
 

@@ -22,11 +22,11 @@ from mole.config import GeneratorConfig, TaskConfig
 from mole.diffusion.conditions import Conditions
 from mole.diffusion.denoiser import Denoiser
 from mole.diffusion.process import Drawn, reverse
-from mole.diffusion.samples import Samples, weights_digest
+from mole.diffusion.samples import Samples
 from mole.errors import CorruptFileError, MoleError, PromptWarning
 from mole.files import file_digest, read_json, replacing, value_digest, write_json
-from mole.representations import EntryScale, NeuronView, WeightSpec
-from mole.tasks import Task, load_task
+from mole.representations import EntryScale, NeuronView, WeightSpec, weights_digest
+from mole.tasks import Architecture, Task, load_task
 
 FORMAT = 1
 FRESH_SEEDS = 2**40
@@ -41,8 +41,8 @@ class Card(BaseModel):
     format: int
     denoiser: GeneratorConfig
     task: TaskConfig
-    layers: list[int]
-    """Widths of the generated networks, from input to output."""
+    architecture: Architecture
+    """The generated networks."""
     spec: list[dict[str, Any]]
     scales: list[float]
     prompt_range: tuple[float, float]
@@ -149,7 +149,7 @@ class Generator:
             }
             for i in range(n)
         ]
-        return Samples(drawn.flat, self.spec, self.card.layers, records, drawn.evaluations)
+        return Samples(drawn.flat, self.spec, self.card.architecture, records, drawn.evaluations)
 
     def _checked_starts(self, starts: Tensor, n: int) -> Tensor:
         """The starts as plain float32 on the CPU, if they fit the network."""
@@ -173,7 +173,7 @@ class Generator:
             part = slice(low, low + at_once)
             start = starts[part].to(self.device)
             noise = torch.stack([_noise(s, self.spec.size) for s in seeds[part]]).to(self.device)
-            loss = self.task.measure(start, self.task.prompt).loss
+            loss = self.task.measure(start, "prompt")["loss"]
             conditions = Conditions(loss, target_loss[part].to(start))
             found = reverse(self.denoiser, noise, self.scale.normalise(start), conditions, evaluations)
             drawn.append(self.scale.restore(found.flat).cpu())

@@ -17,7 +17,7 @@ from mole.config import TrainConfig
 from mole.diffusion.denoiser import Denoiser
 from mole.diffusion.pairs import Batch
 from mole.representations import EntryScale
-from mole.tasks import Task
+from mole.tasks import Classification
 
 
 class DenoiserTraining(L.LightningModule):
@@ -28,7 +28,9 @@ class DenoiserTraining(L.LightningModule):
     of the predicted one: two weight vectors may lie close together and compute different things.
     """
 
-    def __init__(self, denoiser: Denoiser, scale: EntryScale, task: Task, config: TrainConfig, *, seed: int) -> None:
+    def __init__(
+        self, denoiser: Denoiser, scale: EntryScale, task: Classification, config: TrainConfig, *, seed: int
+    ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.average = AveragedModel(denoiser, avg_fn=_average(config.ema_decay))

@@ -1,10 +1,10 @@
 """Training pairs: a start and a later state of the same run, noised.
 
-Dimensions: R runs, K kept states, P parameters, B pairs.
+Dimensions: P parameters, B pairs.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -27,16 +27,65 @@ class Batch(NamedTuple):
     conditions: Conditions
 
 
+class Pairs(NamedTuple):
+    """Starts and later states of the same runs; weights (B, P) as they are, losses (B,)."""
+
+    start: Tensor
+    clean: Tensor
+    start_loss: Tensor
+    target_loss: Tensor
+
+
+class PairSource(Protocol):
+    """Where pairs come from: a zoo, or populations that are still training."""
+
+    def pairs(self, config: TrainConfig, generator: torch.Generator) -> Pairs:
+        """As many pairs as a batch has, drawn with this generator."""
+        ...
+
+
+class ZooPairs:
+    """Pairs from a zoo; its weights stay where they are."""
+
+    def __init__(self, zoo: Zoo) -> None:
+        self.zoo = zoo
+        self.counts = zoo.bounds.diff()
+
+    def pairs(self, config: TrainConfig, generator: torch.Generator) -> Pairs:
+        run = torch.randint(len(self.counts), (config.batch_size,), generator=generator)
+        first, second = choose_states(self.counts[run], config, generator)
+        start, clean = self.zoo.bounds[run] + first, self.zoo.bounds[run] + second
+        weights = self.zoo.read(torch.cat([start, clean]))
+        return Pairs(weights[: len(run)], weights[len(run) :], self.zoo.loss[start], self.zoo.loss[clean])
+
+
+def choose_states(counts: Tensor, config: TrainConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which two states of a run of `counts` (B,) states: the first is not later than the second.
+
+    They are drawn uniformly and put in order of time; a share aims at the last quarter of the kept
+    states, a share starts from the initialisation.
+    """
+    size = len(counts)
+    first, second = (torch.rand(2, size, generator=generator) * counts).long().sort(0).values
+    late = torch.rand(size, generator=generator) < config.late_fraction
+    quarter = (counts // 4).clamp_min(1)
+    recent = counts - quarter + (torch.rand(size, generator=generator) * quarter).long()
+    second = torch.where(late, torch.maximum(second, recent), second)
+    from_start = torch.rand(size, generator=generator) < config.initial_fraction
+    return torch.where(from_start, 0, first), second
+
+
 class PairBatches(IterableDataset[Batch]):
     """The batches of a training, from `first_step` to its end.
 
-    A batch depends on the seed and its step alone, so a resumed training sees what it would have seen.
+    From a zoo, a batch depends on the seed and its step alone, so a resumed training sees what it would have seen.
     """
 
-    def __init__(self, zoo: Zoo, scale: EntryScale, config: TrainConfig, *, seed: int, first_step: int = 0) -> None:
+    def __init__(
+        self, source: PairSource, scale: EntryScale, config: TrainConfig, *, seed: int, first_step: int = 0
+    ) -> None:
         super().__init__()
-        self.weights = scale.normalise(zoo.weights)
-        self.loss = zoo.loss
+        self.source, self.scale = source, scale
         self.config, self.seed, self.first_step = config, seed, first_step
         self.schedule = noise_schedule()
 
@@ -45,27 +94,16 @@ class PairBatches(IterableDataset[Batch]):
             yield self.batch(step)
 
     def batch(self, step: int) -> Batch:
-        """The pairs of one step.
-
-        States are drawn uniformly and put in order of time; a share aims at the last quarter of the
-        kept states, a share starts from the initialisation; noise levels are uniform, and a share is
-        pure noise.
-        """
+        """The pairs of one step; noise levels are uniform, and a share is pure noise."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        size, (runs, states, _) = self.config.batch_size, self.weights.shape
-        run = torch.randint(runs, (size,), generator=generator)
-        first, second = torch.randint(states, (2, size), generator=generator).sort(0).values
-        late = torch.rand(size, generator=generator) < self.config.late_fraction
-        recent = torch.randint(states - max(1, states // 4), states, (size,), generator=generator)
-        second = torch.where(late, torch.maximum(second, recent), second)
-        from_start = torch.rand(size, generator=generator) < self.config.initial_fraction
-        first = torch.where(from_start, 0, first)
+        size = self.config.batch_size
+        pairs = self.source.pairs(self.config, generator)
         last = self.schedule.config["num_train_timesteps"] - 1
         timestep = torch.randint(last + 1, (size,), generator=generator)
         pure = torch.rand(size, generator=generator) < self.config.one_pass_fraction
         timestep = torch.where(pure, last, timestep)
-        start, clean = self.weights[run, first], self.weights[run, second]
+        start, clean = self.scale.normalise(pairs.start), self.scale.normalise(pairs.clean)
         noise = torch.randn(clean.shape, generator=generator)
         noised = self.schedule.add_noise(clean, noise, cast(torch.IntTensor, timestep))
-        conditions = Conditions(self.loss[run, first], self.loss[run, second])
+        conditions = Conditions(pairs.start_loss, pairs.target_loss)
         return Batch(noised, start, clean, noise_level(self.schedule, timestep), conditions)

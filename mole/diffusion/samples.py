@@ -1,6 +1,5 @@
 """Generated networks, each with the record of where it came from."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from mole.files import replacing
 from mole.representations import WeightSpec
-from mole.tasks.task import build_network
+from mole.tasks import Architecture
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Sample:
     flat: Tensor
     """(P,) float32."""
     spec: WeightSpec
-    layers: list[int]
+    architecture: Architecture
     provenance: dict[str, Any]
     """Generator, zoo, prompt, start, seed and versions."""
 
@@ -31,8 +30,8 @@ class Sample:
         return {name: tensor.clone() for name, tensor in self.spec.unflatten(self.flat).items()}
 
     def module(self) -> nn.Module:
-        """The network, as a plain `torch.nn.Sequential`."""
-        network = build_network(self.layers, seed=0)
+        """The network, as a plain module of PyTorch."""
+        network = self.architecture.build(seed=0)
         network.load_state_dict(self.state_dict())
         return network
 
@@ -56,7 +55,7 @@ class Samples(Sequence[Sample]):
     flat: Tensor
     """(N, P) float32, on the CPU."""
     spec: WeightSpec
-    layers: list[int]
+    architecture: Architecture
     provenance: list[dict[str, Any]]
     network_evaluations: int
     """Calls of the generator per network."""
@@ -71,17 +70,12 @@ class Samples(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> "Sample | Samples":
         if isinstance(index, slice):
             return Samples(
-                self.flat[index], self.spec, self.layers, self.provenance[index], self.network_evaluations
+                self.flat[index], self.spec, self.architecture, self.provenance[index], self.network_evaluations
             )  # fmt: skip
-        return Sample(self.flat[index], self.spec, self.layers, self.provenance[index])
+        return Sample(self.flat[index], self.spec, self.architecture, self.provenance[index])
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
     def __repr__(self) -> str:
-        return f"Samples({len(self)} networks {self.layers}, {self.network_evaluations} evaluation(s) each)"
-
-
-def weights_digest(flat: Tensor) -> str:
-    """SHA-256 of a network's flat weights (P,), in hex."""
-    return hashlib.sha256(flat.contiguous().cpu().numpy().tobytes()).hexdigest()
+        return f"Samples({len(self)} networks {self.architecture}, {self.network_evaluations} evaluation(s) each)"

@@ -18,11 +18,11 @@ from mole.config import Config
 from mole.diffusion.denoiser import Denoiser
 from mole.diffusion.generator import FORMAT, Card, Generator
 from mole.diffusion.module import DenoiserTraining
-from mole.diffusion.pairs import PairBatches
+from mole.diffusion.pairs import PairBatches, ZooPairs
 from mole.errors import MoleError
 from mole.files import remove, replacing
 from mole.representations import EntryScale, NeuronView
-from mole.tasks import Task
+from mole.tasks import Classification
 
 logger = logging.getLogger("mole")
 
@@ -34,7 +34,7 @@ Log = Callable[[int, Mapping[str, float]], None]
 class Data:
     """What a generator is trained on and validated with."""
 
-    task: Task
+    task: Classification
     zoo: Zoo
     """Training runs."""
     heldout: Zoo
@@ -69,21 +69,21 @@ def train_generator(
     Raises:
         MoleError: the loss became NaN or infinite.
     """
-    view, scale = NeuronView(data.zoo.spec), EntryScale.fit(data.zoo.spec, data.zoo.weights)
+    view, scale = NeuronView(data.zoo.spec), EntryScale.fit(data.zoo.spec, data.zoo.chunks())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         denoiser = Denoiser(view, config.generator)
     module = DenoiserTraining(denoiser, scale, data.task, config.train, seed=config.seed)
     low, high = float(data.zoo.loss.min()), float(data.zoo.loss.max())
     card = Card(
-        format=FORMAT, denoiser=config.generator, task=config.task, layers=data.task.layers,
+        format=FORMAT, denoiser=config.generator, task=config.task, architecture=data.task.architecture,
         spec=view.spec.to_json(), scales=scale.stds(view.spec), prompt_range=(low, high), zoo=data.zoo.digest,
         train_steps=config.train.steps, seed=config.seed,
     )  # fmt: skip
     first_step, spent = _resumable(state, identity)
     on_resume(first_step)
     progress(first_step)
-    batches = PairBatches(data.zoo, scale, config.train, seed=config.seed, first_step=first_step)
+    batches = PairBatches(ZooPairs(data.zoo), scale, config.train, seed=config.seed, first_step=first_step)
     watch = _Watch(config, data, card, _State(state, identity, spent), device, progress, log)
     _quiet()
     try:
@@ -210,10 +210,13 @@ class _Watch(L.Callback):
     def _validate(self, step: int, module: DenoiserTraining) -> None:
         """One pass from the first states of held-out runs, judged on prompt images."""
         generator = Generator(_averaged(module, self.device), self.card, self.device, self.data.task)
-        starts = self.data.heldout.weights[:, 0]
+        starts = self.data.heldout.read(self.data.heldout.first)
         drawn = generator.draw(starts, torch.full((len(starts),), self.card.prompt_range[0])).flat
-        found = self.data.task.measure(drawn.to(self.device), self.data.task.prompt)
+        found = self.data.task.measure(drawn.to(self.device), "prompt")
         self.report(
             step,
-            {"val/one_pass_loss": float(found.loss.mean()), "val/one_pass_accuracy": float(found.accuracy.mean())},
+            {
+                "val/one_pass_loss": float(found["loss"].mean()),
+                "val/one_pass_accuracy": float(found["accuracy"].mean()),
+            },
         )

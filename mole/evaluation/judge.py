@@ -6,6 +6,7 @@ Dimensions: S starts, Q prompts, M training runs, P parameters.
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from mole.evaluation.alignment import alignment, prompts
 from mole.evaluation.novelty import PermutationDistance, dispersion, max_wrong_iou
 from mole.evaluation.nulls import null_models
 from mole.evaluation.optimisers import best_curve, steps_to_match
-from mole.tasks import Task
+from mole.tasks import Classification
 
 Draw = Callable[[Tensor, Tensor, int], tuple[Tensor, int]]
 """(starts (N, P), target losses (N,), evaluations wanted) -> weights (N, P), evaluations made per network."""
@@ -34,7 +35,7 @@ REFERENCES = 64
 class Exhibits:
     """What is judged, and against what; every tensor on the CPU."""
 
-    task: Task
+    task: Classification
     training: Zoo
     heldout: Zoo
     draw: Draw
@@ -44,12 +45,17 @@ class Exhibits:
     @property
     def starts(self) -> Tensor:
         """First states (S, P) of held-out runs."""
-        return self.heldout.weights[: self.config.starts, 0]
+        return self.heldout.read(self.heldout.first[: self.config.starts])
 
     @property
     def best(self) -> float:
         """The lowest loss in the zoo: the prompt of the one-pass figures."""
         return float(self.training.loss.min())
+
+    @cached_property
+    def final(self) -> Tensor:
+        """Last states (M, P) of training runs."""
+        return self.training.read(self.training.last)
 
     def generate(self, starts: Tensor, evaluations: int = 1) -> tuple[Tensor, int]:
         """Networks prompted for the best loss."""
@@ -57,7 +63,7 @@ class Exhibits:
 
     def accuracy(self, flat: Tensor) -> Tensor:
         """Test accuracies of networks (N, P): (N,)."""
-        return self.task.measure(flat, self.task.test).accuracy
+        return self.task.measure(flat, "test")["accuracy"]
 
 
 def judge(exhibits: Exhibits, tick: Tick) -> dict[str, Any]:
@@ -84,10 +90,9 @@ def judge(exhibits: Exhibits, tick: Tick) -> dict[str, Any]:
 
 def _one_pass(exhibits: Exhibits, generated: Tensor, tick: Tick) -> tuple[dict[str, Any], Any]:
     task, starts, config = exhibits.task, exhibits.starts, exhibits.config
-    found = task.measure(generated, task.test)
-    accuracy = float(found.accuracy.mean())
-    final = exhibits.training.weights[:, -1]
-    training_starts = exhibits.training.weights[: 4 * len(starts), 0]
+    found = task.measure(generated, "test")
+    accuracy = float(found["accuracy"].mean())
+    training_starts = exhibits.training.read(exhibits.training.first[: 4 * len(starts)])
     more = {str(k): float(exhibits.accuracy(exhibits.generate(starts, k)[0]).mean()) for k in (4, 16)}
     tick()
     adam = best_curve(task, starts, "adam", config.adam_learning_rates, config.optimizer_steps)
@@ -98,11 +103,11 @@ def _one_pass(exhibits: Exhibits, generated: Tensor, tick: Tick) -> tuple[dict[s
         "starts": len(starts),
         "target_loss": exhibits.best,
         "accuracy_mean": accuracy,
-        "accuracy_std": float(found.accuracy.std()) if len(starts) > 1 else 0.0,
-        "accuracy_best": float(found.accuracy.max()),
-        "loss_mean": float(found.loss.mean()),
-        "prompt_split_loss_mean": float(task.measure(generated, task.prompt).loss.mean()),
-        "trained_accuracy_mean": float(exhibits.accuracy(final).mean()),
+        "accuracy_std": float(found["accuracy"].std()) if len(starts) > 1 else 0.0,
+        "accuracy_best": float(found["accuracy"].max()),
+        "loss_mean": float(found["loss"].mean()),
+        "prompt_split_loss_mean": float(task.measure(generated, "prompt")["loss"].mean()),
+        "trained_accuracy_mean": float(exhibits.accuracy(exhibits.final).mean()),
         "start_accuracy_mean": float(exhibits.accuracy(starts).mean()),
         "training_starts_accuracy_mean": float(exhibits.accuracy(exhibits.generate(training_starts)[0]).mean()),
         "accuracy_mean_by_evaluations": {"1": accuracy, **more},
@@ -128,26 +133,26 @@ def _alignment(exhibits: Exhibits) -> tuple[dict[str, Any], dict[str, Any]]:
     """Prompts are losses on prompt images; what was achieved is measured on test images."""
     task, starts = exhibits.task, exhibits.starts
     count = exhibits.config.prompts
-    prompted = prompts(exhibits.best, exhibits.heldout.loss[: len(starts), 0], count)  # (S, Q)
+    start_loss = exhibits.heldout.loss[exhibits.heldout.first[: len(starts)]]
+    prompted = prompts(exhibits.best, start_loss, count)  # (S, Q)
     drawn, _ = exhibits.draw(starts.repeat_interleave(count, 0), prompted.flatten(), 1)
-    achieved = task.measure(drawn, task.test).loss.reshape(prompted.shape)
-    achieved_prompt_split = task.measure(drawn, task.prompt).loss.reshape(prompted.shape)
-    report = alignment(prompted, achieved, task.measure(starts, task.test).loss)
-    same = alignment(prompted, achieved_prompt_split, task.measure(starts, task.prompt).loss)
+    achieved = task.measure(drawn, "test")["loss"].reshape(prompted.shape)
+    achieved_prompt_split = task.measure(drawn, "prompt")["loss"].reshape(prompted.shape)
+    report = alignment(prompted, achieved, task.measure(starts, "test")["loss"])
+    same = alignment(prompted, achieved_prompt_split, task.measure(starts, "prompt")["loss"])
     report["r2_mean_prompt_split"] = same["r2_mean"]
     curve = {
         "prompted": prompted.mean(0).tolist(),
         "achieved_mean": achieved.mean(0).tolist(),
         "achieved_std": achieved.std(0, correction=0).tolist(),
         "zoo_range": [exhibits.best, float(exhibits.training.loss.max())],
-        "noop": float(task.measure(starts, task.test).loss.mean()),
+        "noop": float(task.measure(starts, "test")["loss"].mean()),
     }
     return report, curve
 
 
 def _novelty(exhibits: Exhibits, generated: Tensor, tick: Tick) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    training, starts = exhibits.training, exhibits.starts
-    final = training.weights[:, -1]
+    training, starts, final = exhibits.training, exhibits.starts, exhibits.final
     distance = PermutationDistance(training.spec)
     near = distance.nearest(generated, final)
     chosen = torch.randperm(len(final), generator=torch.Generator().manual_seed(exhibits.seed))[:REFERENCES]
@@ -164,10 +169,8 @@ def _novelty(exhibits: Exhibits, generated: Tensor, tick: Tick) -> tuple[dict[st
         ),
         "dispersion": dispersion(generated, final),
     }
-    models = null_models(
-        distance, starts, final, training.weights.flatten(0, 1), training.loss.flatten(),
-        target_loss=exhibits.best, noise_distance=float(near.mean()), seed=exhibits.seed,
-    )  # fmt: skip
+    retrieved = training.read((training.loss - exhibits.best).abs().argsort()[: len(starts)])
+    models = null_models(distance, starts, final, retrieved, noise_distance=float(near.mean()), seed=exhibits.seed)
     points = {"generated": _points(exhibits.accuracy(generated), near)}
     points["training"] = _points(exhibits.accuracy(final[chosen]), leave_one_out)
     nulls = {}
@@ -183,7 +186,8 @@ def _points(accuracy: Tensor, distance: Tensor) -> dict[str, list[float]]:
     return {"accuracy": accuracy.tolist(), "distance": distance.tolist()}
 
 
-def _wrong(task: Task, flat: Tensor) -> Tensor:
+def _wrong(task: Classification, flat: Tensor) -> Tensor:
     """Which test images each network (N, P) gets wrong: (N, B) bool."""
-    parts = [task.logits(part, task.test.images).argmax(-1) != task.test.labels for part in flat.split(256)]
+    images = task.test.images
+    parts = [task.logits(part, images).argmax(-1) != task.test.labels for part in flat.split(256)]
     return torch.cat(parts)

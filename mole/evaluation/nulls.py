@@ -13,10 +13,8 @@ def null_models(
     distance: PermutationDistance,
     starts: Tensor,
     final: Tensor,
-    states: Tensor,
-    state_losses: Tensor,
+    nearest: Tensor,
     *,
-    target_loss: float,
     noise_distance: float,
     seed: int,
 ) -> dict[str, Tensor]:
@@ -26,9 +24,7 @@ def null_models(
         distance: of the network family.
         starts: (N, P).
         final: (M, P), the training networks at the end of their training.
-        states: (S, P), every checkpoint of the training runs.
-        state_losses: (S,), their losses on the prompt images.
-        target_loss: the prompt.
+        nearest: (N, P), the checkpoints whose loss lies nearest to the prompt.
         noise_distance: how far `noise` moves a network, in the units of `distance`.
         seed: of the random choices.
 
@@ -44,10 +40,9 @@ def null_models(
     means = torch.stack([distance.align(final[pick], final[pick[0]]).mean(0) for pick in picks])
     noise = torch.randn(count, size, generator=generator)
     noise *= noise_distance / noise.norm(dim=1, keepdim=True)
-    nearest = (state_losses - target_loss).abs().argsort()[:count]
     return {
         "mean_of_16_aligned": means,
         "noise": final[torch.randint(len(final), (count,), generator=generator)] + noise,
-        "nearest_prompt_retrieval": states[nearest],
+        "nearest_prompt_retrieval": nearest,
         "start": starts,
     }

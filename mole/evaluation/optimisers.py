@@ -4,14 +4,14 @@ Dimensions: N networks, K evaluated steps, P parameters.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mole.checkpoints import train_population
-from mole.tasks import Task
+from mole.checkpoints import History, train_population
+from mole.tasks import Classification
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class OptimiserCurve:
 
 
 def best_curve(
-    task: Task, starts: Tensor, optimizer: Literal["adam", "sgd"], learning_rates: Sequence[float], steps: int
+    task: Classification, starts: Tensor, optimizer: Literal["adam", "sgd"], learning_rates: Sequence[float], steps: int
 ) -> OptimiserCurve:
     """Train from `starts` (N, P) at every learning rate; keep the one with the lowest loss on prompt images.
 
@@ -39,15 +39,20 @@ def best_curve(
         recipe = task.config.model_copy(
             update={"optimizer": optimizer, "learning_rate": rate, "schedule": "constant", "weight_decay": 0.0}
         )
-        trial = replace(task, config=recipe)
+        trial = task.with_config(recipe)
         seeds = [2**41 + index for index in range(len(starts))]  # data orders of no harvested run
-        states = train_population(trial, seeds, keep, initial=starts)  # (N, K, P)
-        flat = states.flatten(0, 1)
-        shape = states.shape[:2]
-        prompt = task.measure(flat, task.prompt).loss.unflatten(0, shape).mean(0)
-        accuracy = task.measure(flat, task.test).accuracy.unflatten(0, shape).mean(0)
-        curves.append(OptimiserCurve(optimizer, rate, keep, prompt.tolist(), accuracy.tolist()))
+        history = train_population(trial, seeds, keep, initial=starts)
+        prompt = _mean_at(keep, history, task.measure(history.weights, "prompt")["loss"])
+        accuracy = _mean_at(keep, history, task.measure(history.weights, "test")["accuracy"])
+        curves.append(OptimiserCurve(optimizer, rate, keep, prompt, accuracy))
     return min(curves, key=lambda curve: min(torch.tensor(curve.prompt_loss).nan_to_num(torch.inf).tolist()))
+
+
+def _mean_at(keep: Sequence[int], history: History, values: Tensor) -> list[float]:
+    """Mean over the runs at each step; NaN from where a run diverged."""
+    runs = len(history.diverged)
+    found = [values[history.steps == step] for step in keep]
+    return [float(here.mean()) if len(here) == runs else float("nan") for here in found]
 
 
 def steps_to_match(curve: OptimiserCurve, accuracy: float) -> int | None:

@@ -10,11 +10,12 @@ import torch
 from mole.checkpoints import Zoo
 from mole.config import Config
 from mole.diffusion import Generator
+from mole.errors import MoleError
 from mole.metrics import MetricsFile
 from mole.provenance import Ledger
 from mole.reporting import Reporter
 from mole.stages import RunFolder, StageName
-from mole.tasks import Task, load_task
+from mole.tasks import Classification, Task, load_task
 from mole.tracking import Tracker
 
 Result = tuple[list[Path], dict[str, Any]]
@@ -36,10 +37,23 @@ class Run:
         """The task, its data on the device."""
         return load_task(self.config.task).to(self.device)
 
+    def classifier(self, device: torch.device) -> Classification:
+        """The task on a device, where a stage knows classifiers only.
+
+        Raises:
+            MoleError: the task is of another kind.
+        """
+        if not isinstance(self.task, Classification):
+            raise MoleError(
+                f"task.name: {self.config.task.name} can be harvested, but generators learn classifiers only so far; "
+                "legal is --only harvest"
+            )
+        return self.task.to(device)
+
     @cached_property
     def zoo(self) -> tuple[Zoo, Zoo]:
         """Training runs and held-out runs."""
-        return Zoo.open(self.folder.zoo).split_by_run(self.config.harvest.heldout_runs)
+        return Zoo(self.folder.zoo).finished().split_by_run(self.config.harvest.heldout_runs)
 
     @cached_property
     def generator(self) -> Generator:

@@ -5,7 +5,6 @@ import torch
 from mole.evaluation.figures import draw_figures
 from mole.evaluation.judge import PARTS, Exhibits, judge
 from mole.pipeline.current import Result, Run
-from mole.tasks import load_task
 
 
 def evaluate(current: Run) -> Result:
@@ -17,7 +16,7 @@ def evaluate(current: Run) -> Result:
         drawn = generator.draw(starts, target_loss, seed=seed, evaluations=evaluations)
         return drawn.flat, drawn.evaluations
 
-    task = load_task(current.config.task)  # judged on the CPU, wherever it was generated
+    task = current.classifier(torch.device("cpu"))  # judged there, wherever it was generated
     exhibits = Exhibits(task, training, heldout, draw, current.config.evaluate, seed)
     done = 0
     with current.reporter.stage("evaluate", PARTS, "parts") as advance:

@@ -1,70 +1,92 @@
 """Stage 1: train a population and keep its histories."""
 
-import time
-from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from mole.checkpoints import Zoo, ZooWriter, kept_steps, train_population
+from mole.checkpoints import Header, Zoo, ZooWriter
+from mole.checkpoints.format import read_header, shards
+from mole.checkpoints.groups import SEEDS_PER_CONFIG, Group, plan_groups, run_name, train_group
 from mole.diffusion.generator import versions
+from mole.errors import MoleError
+from mole.files import remove
 from mole.pipeline.current import Result, Run
-from mole.tasks import Metrics
-
-SEEDS_PER_CONFIG = 2**20
-"""Run r of a harvest has the seed `config.seed * SEEDS_PER_CONFIG + r`."""
 
 
 def harvest(current: Run) -> Result:
     """Train a population in groups; each group is a shard that counts once it is whole."""
-    config, task = current.config, current.task
-    settings, recipe = config.harvest, {"seed": config.seed, "task": config.task.model_dump(mode="json")}
-    steps = kept_steps(config.task.steps, settings.checkpoints)
-    writer = ZooWriter(current.folder.zoo, task.spec, steps, recipe)
+    config, folder = current.config, current.folder.zoo
+    settings, header = config.harvest, _header(current)
     total = settings.runs + settings.heldout_runs
-    seeds = [config.seed * SEEDS_PER_CONFIG + index for index in range(total)]
-    groups = [seeds[low : low + settings.group_size] for low in range(0, total, settings.group_size)]
-    done, before = 0, writer.seconds()
-    with current.reporter.stage("harvest", total * config.task.steps, "steps") as advance:
-        for index, group in enumerate(groups):
+    groups = plan_groups(config.task, settings, config.seed, range(total))
+    _empty_unless_same(folder, header)
+    with ZooWriter(folder, header, "group") as writer:
+        before = writer.seconds()
+        _fill(current, writer, groups)
+        for files in shards(folder):
+            if files.name not in {group.name for group in groups}:
+                writer.discard(files.name)
+        seconds = writer.seconds()
+    zoo = Zoo(folder)
+    _ = current.zoo  # says so if nothing is left to learn from
+    current.ledger.append(
+        [
+            {
+                "kind": "entity", "type": "zoo", "digest": zoo.digest, "runs": total, "recipe": header.recipe,
+                "seeds": [config.seed * SEEDS_PER_CONFIG, config.seed * SEEDS_PER_CONFIG + total - 1],
+                "layouts": sorted(zoo.layouts), "wasGeneratedBy": {"activity": "harvest", "versions": versions()},
+            }
+        ]
+    )  # fmt: skip
+    outputs = [folder / "zoo.json", *folder.glob("layouts/[!.]*"), *folder.glob("shards/[!.]*")]
+    return outputs, {**_report(current, zoo, seconds), "seconds_before": before}
+
+
+def _header(current: Run) -> Header:
+    """What decides the bits of the zoo; groups decide them too, by the number of networks that train at once."""
+    config = current.config
+    kept = config.harvest.model_dump(mode="json", include={"checkpoints", "keep", "vary"})
+    recipe = {"seed": config.seed, "task": config.task.model_dump(mode="json"), **kept}
+    return Header("loss", config.harvest.dtype, recipe)
+
+
+def _empty_unless_same(folder: Path, header: Header) -> None:
+    """Remove the zoo of another configuration; this run folder holds one zoo, of its own."""
+    try:
+        same = read_header(folder) == header
+    except MoleError:  # none, damaged, or of an earlier format
+        same = False
+    if not same:
+        for name in ("zoo.json", "shards", "layouts"):
+            remove(folder / name)
+
+
+def _fill(current: Run, writer: ZooWriter, groups: list[Group]) -> None:
+    """Train the groups that are not in the zoo yet."""
+    config, task, done = current.config, current.task, 0
+    total = sum(len(group.runs) * group.config.steps for group in groups)
+    with current.reporter.stage("harvest", total, "steps") as advance:
+        for group in groups:
             base = done
 
             def progress(steps_done: int, base: int = base) -> None:
                 advance(base + steps_done)
 
-            if not writer.has(index, group):
-                _write_shard(current, writer, index, group, steps, progress)
-            done += len(group) * config.task.steps
+            if not writer.has(group.name, [run_name(run) for run in group.runs]):
+                found = train_group(task, group, config.harvest, progress)
+                spec = task.with_config(group.config).spec
+                writer.write(group.name, spec, found.weights, found.columns, seconds=found.seconds)
+            done += len(group.runs) * group.config.steps
             advance(done)
-    writer.trim(len(groups))
-    zoo = Zoo.open(current.folder.zoo)
-    seconds = writer.seconds()
-    current.ledger.append(
-        [
-            {
-                "kind": "entity", "type": "zoo", "digest": zoo.digest, "runs": total, "recipe": recipe,
-                "steps": steps, "seeds": [seeds[0], seeds[-1]], "spec": task.spec.fingerprint,
-                "wasGeneratedBy": {"activity": "harvest", "versions": versions()},
-            }
-        ]
-    )  # fmt: skip
-    checkpoints = zoo.weights.shape[0] * zoo.weights.shape[1]
-    report = {
-        "runs": len(zoo.seeds), "skipped_runs": zoo.skipped, "checkpoints": checkpoints,
-        "parameters": task.spec.size, "seconds": seconds, "checkpoints_per_second": checkpoints / max(seconds, 1e-9),
-        "prompt_loss_best": float(zoo.loss.min()), "digest": zoo.digest,
-    }  # fmt: skip
-    split = {
-        "train_runs": len(zoo.seeds) - settings.heldout_runs, "heldout_runs": settings.heldout_runs,
-        "train_images": len(task.train), "prompt_images": len(task.prompt), "test_images": len(task.test),
-    }  # fmt: skip
-    outputs = [current.folder.zoo / "zoo.json", *current.folder.zoo.glob("shard-*")]
-    return outputs, {"harvest": report, "split": split, "seconds_before": before}
 
 
-def _write_shard(
-    current: Run, writer: ZooWriter, index: int, seeds: list[int], steps: list[int], progress: Callable[[int], None]
-) -> None:
-    began, task = time.perf_counter(), current.task
-    weights = train_population(task, seeds, steps, progress=progress)
-    metrics = task.measure(weights.flatten(0, 1), task.prompt)
-    shape = weights.shape[:2]
-    shaped = Metrics(metrics.loss.unflatten(0, shape), metrics.accuracy.unflatten(0, shape))
-    writer.write(index, seeds, weights, shaped, seconds=time.perf_counter() - began)
+def _report(current: Run, zoo: Zoo, seconds: float) -> dict[str, Any]:
+    training, heldout = current.zoo
+    task = current.task
+    harvested = {
+        "runs": zoo.runs, "diverged_runs": zoo.runs - training.runs - heldout.runs, "checkpoints": len(zoo),
+        "parameters": sorted(spec.size for spec in zoo.layouts.values()), "seconds": seconds,
+        "checkpoints_per_second": len(zoo) / max(seconds, 1e-9), "prompt_loss_best": float(training.loss.min()),
+        "digest": zoo.digest,
+    }  # fmt: skip
+    split = {"train_runs": training.runs, "heldout_runs": heldout.runs, **task.sizes}
+    return {"harvest": harvested, "split": split}

@@ -16,13 +16,12 @@ from mole.pipeline.current import Result, Run
 from mole.rank import kendall_tau, rank_networks, regret
 from mole.reporting import Advance
 from mole.stages import read_marker
-from mole.tasks import Task, load_task
-from mole.tasks.task import build_network
+from mole.tasks import Task
 
 
 def rank(current: Run) -> Result:
     """Order the generated networks by silhouette, and say how far that order can be trusted."""
-    folder, task = current.folder, load_task(current.config.task)
+    folder, task = current.folder, current.classifier(torch.device("cpu"))
     marker = read_marker(folder, "sample")
     files = [folder.root / name for name in sorted(marker.outputs)] if marker else []
     states = [_load_sample(task, path) for path in files]
@@ -32,10 +31,10 @@ def rank(current: Run) -> Result:
         ranking = rank_networks(
             networks, task.prompt.images, task.prompt.labels, components=current.config.rank.components
         )
-    prompt, test = task.measure(flat, task.prompt), task.measure(flat, task.test)
+    prompt, test = task.measure(flat, "prompt"), task.measure(flat, "test")
     rows = [
-        [place, files[i].name, float(ranking.scores[i]), float(prompt.loss[i]), float(prompt.accuracy[i]),
-         float(test.loss[i]), float(test.accuracy[i])]
+        [place, files[i].name, float(ranking.scores[i]), float(prompt["loss"][i]), float(prompt["accuracy"][i]),
+         float(test["loss"][i]), float(test["accuracy"][i])]
         for place, i in enumerate(ranking.order, 1)
     ]  # fmt: skip
     columns = ["rank", "file", "silhouette", "prompt_loss", "prompt_accuracy", "test_loss", "test_accuracy"]
@@ -44,11 +43,11 @@ def rank(current: Run) -> Result:
     write_text(folder.leaderboard, text.getvalue())
     report = {
         "candidates": len(files),
-        "kendall_tau": kendall_tau(ranking.scores, test.accuracy),
-        "top1_regret": regret(ranking.scores, test.accuracy),
-        "random_regret": float(test.accuracy.max() - test.accuracy.mean()),
-        "prompt_loss_kendall_tau": kendall_tau(-prompt.loss, test.accuracy),
-        "prompt_loss_top1_regret": regret(-prompt.loss, test.accuracy),
+        "kendall_tau": kendall_tau(ranking.scores, test["accuracy"]),
+        "top1_regret": regret(ranking.scores, test["accuracy"]),
+        "random_regret": float(test["accuracy"].max() - test["accuracy"].mean()),
+        "prompt_loss_kendall_tau": kendall_tau(-prompt["loss"], test["accuracy"]),
+        "prompt_loss_top1_regret": regret(-prompt["loss"], test["accuracy"]),
         "best": rows[0][1],
     }
     current.log("rank", 0, {f"rank/{k}": float(v) for k, v in report.items() if isinstance(v, float)})
@@ -63,7 +62,7 @@ def _counted(networks: Iterable[nn.Module], advance: Advance) -> Iterator[nn.Mod
 
 
 def _module(task: Task, state: dict[str, torch.Tensor]) -> nn.Module:
-    network = build_network(task.layers, seed=0)
+    network = task.architecture.build(seed=0)
     network.load_state_dict(state)
     return network
 

@@ -8,7 +8,8 @@ def sample(current: Run) -> Result:
     """Generate networks from held-out starts, one file each, each with its record in the ledger."""
     settings, folder = current.config.sample, current.folder
     _, heldout = current.zoo
-    starts = heldout.weights[: settings.networks, 0]
+    first = heldout.first[: settings.networks]
+    starts = heldout.read(first)
     with current.reporter.stage("sample", settings.networks, "networks") as advance:
         samples = current.generator.sample(
             target_loss=settings.target_loss, n=settings.networks, seed=current.config.seed,
@@ -21,17 +22,17 @@ def sample(current: Run) -> Result:
         for done, (name, network) in enumerate(zip(names, samples, strict=True), 1):
             network.save(folder.samples / name)
             advance(done)
-    seeds = heldout.seeds[: settings.networks].tolist()
+    seeds = heldout.column("seed")[first.numpy()].tolist()
     records = []
     for name, record, seed in zip(names, samples.provenance, seeds, strict=True):
         start = {**record["start"], "kind": "held-out run", "seed": seed, "step": 0}
         records.append({"kind": "entity", "type": "network", "file": f"samples/{name}", **record, "start": start})
     current.ledger.append(records)
-    measured = current.task.measure(samples.flat.to(current.device), current.task.prompt)
+    measured = current.task.measure(samples.flat.to(current.device), "prompt")
     target = samples.provenance[0]["prompt"]["target_loss"]
     values = {
-        "sample/prompt_loss_mean": float(measured.loss.mean()),
-        "sample/prompt_accuracy_mean": float(measured.accuracy.mean()),
+        "sample/prompt_loss_mean": float(measured["loss"].mean()),
+        "sample/prompt_accuracy_mean": float(measured["accuracy"].mean()),
         "sample/target_loss": target,
     }
     current.log("sample", 0, values)

@@ -21,7 +21,7 @@ def train(current: Run) -> Result:
     with current.reporter.stage("train", config.train.steps, "steps") as advance:
         generator, seconds, before = train_generator(
             config,
-            Data(current.task, training, heldout),
+            Data(current.classifier(current.device), training, heldout),
             folder.training_state,
             identity=fingerprint(config, folder, "train"),
             device=current.device,

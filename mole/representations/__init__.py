@@ -2,7 +2,7 @@
 
 from mole.representations.neurons import NeuronView
 from mole.representations.normalise import EntryScale
-from mole.representations.spec import Entry, WeightSpec
+from mole.representations.spec import Entry, WeightSpec, weights_digest
 from mole.representations.symmetry import SymmetryError, check_groups, derive_groups
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "WeightSpec",
     "check_groups",
     "derive_groups",
+    "weights_digest",
 ]

@@ -1,5 +1,6 @@
 """Weights of different tensors brought to one scale; separate from any layout."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,16 +18,17 @@ class EntryScale:
     """(P,) float32, constant within a tensor."""
 
     @classmethod
-    def fit(cls, spec: WeightSpec, flat: Tensor) -> "EntryScale":
-        """From networks (*N, P), with float64 statistics; a constant tensor keeps its scale."""
-        rows = flat.reshape(-1, spec.size)
+    def fit(cls, spec: WeightSpec, chunks: Iterable[Tensor]) -> "EntryScale":
+        """From networks in parts (n, P), with float64 statistics; a constant tensor keeps its scale."""
         total, square = torch.zeros(2, spec.size, dtype=torch.float64)
-        for part in rows.split(4096):  # a double of everything would take twice the zoo
+        rows = 0
+        for part in chunks:
             total += part.double().sum(0).cpu()
             square += part.double().square().sum(0).cpu()
+            rows += len(part)
         stds = []
         for entry in spec.entries:
-            here, numbers = slice(entry.offset, entry.stop), entry.size * len(rows)
+            here, numbers = slice(entry.offset, entry.stop), entry.size * rows
             mean = total[here].sum() / numbers
             std = float((square[here].sum() / numbers - mean.square()).clamp_min(0).sqrt())
             stds.append(std if std > 1e-12 else 1.0)

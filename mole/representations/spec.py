@@ -3,6 +3,7 @@
 Dimensions: N networks (any leading shape), P parameters of one network.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,18 @@ from torch import Tensor, nn
 
 from mole.errors import MoleError
 from mole.files import value_digest
-from mole.representations.symmetry import derive_groups, permute_axes
+from mole.representations.symmetry import Axes, derive_groups, permute_axes
+
+DTYPES = {
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64,
+    "int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool,
+}  # fmt: skip
+"""What a state dict may hold. Whole numbers are counters (batch norm's), far below 2**24."""
+
+
+def weights_digest(flat: Tensor) -> str:
+    """SHA-256 of the bytes of flat weights (*N, P), in hex."""
+    return hashlib.sha256(flat.contiguous().cpu().numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,8 @@ class Entry:
     offset: int
     axes: tuple[str | None, ...]
     """Per axis the group of interchangeable neurons it runs over, or None."""
+    dtype: torch.dtype = torch.float32
+    """Of the network's own tensor; the flat vector is float32 and holds every value of these types exactly."""
 
     @property
     def size(self) -> int:
@@ -53,21 +67,30 @@ class WeightSpec:
         """The specification of `module`, its symmetry derived and proved numerically.
 
         Raises:
-            MoleError: a tensor is not float32, or is shared by two names.
+            MoleError: a tensor's dtype does not fit into float32, or it is shared by two names.
         """
         owners: dict[int, str] = {}
         state = module.state_dict(keep_vars=True)
         for name, tensor in state.items():
-            if tensor.dtype != torch.float32:
-                raise MoleError(f"{name} is {tensor.dtype}; legal is torch.float32: convert with module.float()")
             if id(tensor) in owners:
                 raise MoleError(f"{name} and {owners[id(tensor)]} are one tensor; tied weights cannot be represented")
             owners[id(tensor)] = name
-        axes = derive_groups(module)
+        return cls.of_state(state, derive_groups(module))
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Tensor], axes: Axes | None = None) -> "WeightSpec":
+        """The specification of a plain state dict; without `axes` nothing is known to be interchangeable.
+
+        Raises:
+            MoleError: a tensor's dtype does not fit into float32.
+        """
         entries, offset = [], 0
         for name, tensor in state.items():
+            if tensor.dtype not in DTYPES.values():
+                legal = ", ".join(DTYPES)
+                raise MoleError(f"{name} is {tensor.dtype}; legal is {legal}: convert with module.float()")
             shape = tuple(tensor.shape)
-            entries.append(Entry(name, shape, offset, axes.get(name, (None,) * len(shape))))
+            entries.append(Entry(name, shape, offset, (axes or {}).get(name, (None,) * len(shape)), tensor.dtype))
             offset = entries[-1].stop
         return cls(tuple(entries))
 
@@ -104,15 +127,16 @@ class WeightSpec:
             MoleError: naming every tensor that is missing, unexpected or of another shape.
         """
         self.check(state)
-        lead = next(iter(state.values())).shape[: -len(self.entries[0].shape) or None]
-        return torch.cat([state[e.name].reshape(*lead, e.size) for e in self.entries], -1)
+        first = state[self.entries[0].name]
+        lead = first.shape[: first.ndim - len(self.entries[0].shape)]
+        return torch.cat([state[e.name].reshape(*lead, e.size).float() for e in self.entries], -1)
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
-        """The inverse of `flatten`: views into `flat` of shape (*N, P)."""
+        """The inverse of `flatten`: views into `flat` of shape (*N, P) where the dtype is float32."""
         if flat.shape[-1] != self.size:
             raise MoleError(f"a vector of {flat.shape[-1]} parameters; this network has {self.size}")
         lead = flat.shape[:-1]
-        return {e.name: flat[..., e.offset : e.stop].reshape(*lead, *e.shape) for e in self.entries}
+        return {e.name: flat[..., e.offset : e.stop].reshape(*lead, *e.shape).to(e.dtype) for e in self.entries}
 
     def permute(self, flat: Tensor, permutations: Mapping[str, Tensor]) -> Tensor:
         """Reorder interchangeable neurons: the same function, other weights.
@@ -126,26 +150,31 @@ class WeightSpec:
 
     def check(self, state: Mapping[str, Tensor]) -> None:
         """Refuse a state whose names, shapes or dtypes are not these."""
-        wanted = {e.name: e.shape for e in self.entries}
+        wanted, dtypes = {e.name: e.shape for e in self.entries}, {e.name: e.dtype for e in self.entries}
         faults = [f"{name} is missing (shape {shape})" for name, shape in wanted.items() if name not in state]
         faults += [f"{name} is unexpected" for name in state if name not in wanted]
         for name, shape in wanted.items():
             found = state.get(name)
             if found is not None and tuple(found.shape[found.ndim - len(shape) :]) != shape:
                 faults.append(f"{name} has shape {tuple(found.shape)}, expected {shape}")
-            elif found is not None and found.dtype != torch.float32:
-                faults.append(f"{name} is {found.dtype}, expected torch.float32")
+            elif found is not None and found.dtype != dtypes[name]:
+                faults.append(f"{name} is {found.dtype}, expected {dtypes[name]}")
         if faults:
             raise MoleError("these weights do not fit the network: " + "; ".join(faults))
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain values that `from_json` reads back."""
-        return [{"name": e.name, "shape": list(e.shape), "axes": list(e.axes)} for e in self.entries]
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        return [
+            {"name": e.name, "shape": list(e.shape), "axes": list(e.axes), "dtype": names[e.dtype]}
+            for e in self.entries
+        ]
 
     @classmethod
     def from_json(cls, value: list[dict[str, Any]]) -> "WeightSpec":
         entries, offset = [], 0
         for item in value:
-            entries.append(Entry(item["name"], tuple(item["shape"]), offset, tuple(item["axes"])))
+            shape, axes = tuple(item["shape"]), tuple(item["axes"])
+            entries.append(Entry(item["name"], shape, offset, axes, DTYPES[item["dtype"]]))
             offset = entries[-1].stop
         return cls(tuple(entries))

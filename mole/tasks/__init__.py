@@ -1,6 +1,8 @@
-"""What small networks learn: data in three splits, a network family and a training recipe."""
+"""What small networks learn: data in three splits, a network family, a training recipe and metrics."""
 
+from mole.tasks.networks import Architecture
 from mole.tasks.registry import load_task
-from mole.tasks.task import Metrics, Split, Task
+from mole.tasks.supervised import Classification, Split
+from mole.tasks.task import Feed, Metrics, SplitName, Task
 
-__all__ = ["Metrics", "Split", "Task", "load_task"]
+__all__ = ["Architecture", "Classification", "Feed", "Metrics", "Split", "SplitName", "Task", "load_task"]

@@ -1,73 +1,117 @@
-"""A task: data in three splits, the network that learns them, the recipe, and its metrics.
+"""A task: data, the network that learns them, the recipe, and its metrics.
 
-Dimensions: N networks, P parameters, B images, D numbers per image, C classes.
+Dimensions: N networks, P parameters, B images of a batch, D numbers per image.
 """
 
-import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, Protocol, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
 from mole.config import TaskConfig
 from mole.representations import WeightSpec
+from mole.tasks.batched import batched
+from mole.tasks.networks import Architecture
+
+SplitName = Literal["train", "prompt", "test"]
+
+Metrics = dict[str, Tensor]
+"""Name to values (N,). Every task has `loss`, which is smaller for better networks."""
+
+
+class Feed(Protocol):
+    """The experience that a population learns from, each run its own."""
+
+    def batch(self, step: int, state: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """What optimiser step `step` learns from: tensors (N, B, ...), asked for in order of steps.
+
+        Args:
+            step: counted from 0.
+            state: the learners' present state, each tensor (N, *shape).
+        """
+        ...
+
+    def keep(self, runs: Tensor) -> None:
+        """Go on with these runs only: indices (n,) into the present ones."""
+        ...
 
 
 @dataclass(frozen=True)
-class Split:
-    """Images (B, D) float32 and labels (B,) int64."""
+class Task(ABC):
+    """Data and recipe of one experiment.
 
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device) -> "Split":
-        """The same images and labels on another device."""
-        return Split(self.images.to(device), self.labels.to(device))
-
-
-class Metrics(NamedTuple):
-    """Mean cross-entropy in nats and accuracy in 0..1, each (N,)."""
-
-    loss: Tensor
-    accuracy: Tensor
-
-
-@dataclass(frozen=True)
-class Task:
-    """Data and recipe of one experiment; `train`, `prompt` and `test` share no image.
-
-    Harvested networks learn from `train`; prompts and every choice read `prompt`; results read `test`.
+    Harvested networks learn from the split `train`; prompts and every choice read `prompt`; results
+    read `test`. The three share nothing. A task of a new kind fills in the abstract methods; what any
+    task must hold is in `tests/tasks/conformance.py`.
     """
 
     config: TaskConfig
-    train: Split
-    prompt: Split
-    test: Split
-    classes: int
 
     @property
-    def features(self) -> int:
-        """Numbers per image, D."""
-        return self.train.images.shape[1]
+    @abstractmethod
+    def architecture(self) -> Architecture:
+        """The network family."""
+
+    @abstractmethod
+    def feed(self, seeds: Sequence[int]) -> Feed:
+        """Experience of the runs with these seeds; a run's depends on its own seed alone."""
+
+    @abstractmethod
+    def loss(self, state: dict[str, Tensor], *batch: Tensor) -> Tensor:
+        """Training loss of one learner on its part of a batch; differentiable, and fit for `vmap`."""
+
+    @abstractmethod
+    def measure(self, flat: Tensor, split: SplitName) -> Metrics:
+        """Metrics of networks (N, P) on a split, in slices of bounded memory; no gradients."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Self:
+        """The same task with its data on another device."""
 
     @property
-    def layers(self) -> list[int]:
-        """Widths from input to output."""
-        return [self.features, self.config.hidden, self.classes]
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where its data lie, and where its networks train."""
+
+    @property
+    @abstractmethod
+    def numbers_per_step(self) -> int:
+        """Numbers that one run reads in one step, B * D: how many runs fit into a cache is computed from it."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """How much each split holds, for the report."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps between two changes of the `epoch_cosine` learning rate."""
+        return 1
+
+    def with_config(self, config: TaskConfig) -> Self:
+        """The same data with another recipe."""
+        return replace(self, config=config)
+
+    def learner(self, seed: int) -> nn.Module:
+        """What is trained: the network, and whatever learns beside it and is not kept."""
+        return self.architecture.build(seed)
+
+    @cached_property
+    def template(self) -> nn.Module:
+        """A learner for its structure, in the form that is fast under `vmap`; to be had before entering `vmap`."""
+        return batched(self.learner(seed=0))
+
+    prefix = ""
+    """Before the names of the kept network within the learner's state."""
 
     @cached_property
     def network(self) -> nn.Module:
         """One network of the family, for its structure; its weights mean nothing."""
-        return build_network(self.layers, seed=0)
+        return self.architecture.build(seed=0)
 
     @cached_property
     def spec(self) -> WeightSpec:
@@ -75,47 +119,4 @@ class Task:
 
     def initial(self, seeds: Sequence[int]) -> Tensor:
         """Weights (N, P) of freshly initialised networks, one per seed."""
-        states = [build_network(self.layers, seed).state_dict() for seed in seeds]
-        return torch.stack([self.spec.flatten(state) for state in states])
-
-    def to(self, device: torch.device) -> "Task":
-        """The same task with its data on another device."""
-        train, prompt, test = (s.to(device) for s in (self.train, self.prompt, self.test))
-        return replace(self, train=train, prompt=prompt, test=test)
-
-    def loss(self, state: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of one network; differentiable, and fit for `vmap`."""
-        return F.cross_entropy(functional_call(self.network, state, (images,)), labels)
-
-    def logits(self, flat: Tensor, images: Tensor) -> Tensor:
-        """Outputs (N, B, C) of networks (N, P) on the same images (B, D); differentiable."""
-        network, spec = self.network, self.spec  # built outside vmap, which refuses random numbers
-        forward = vmap(lambda weights: functional_call(network, spec.unflatten(weights), (images,)))
-        with warnings.catch_warnings():  # vmap announces operators without a batching rule of their own
-            warnings.simplefilter("ignore", UserWarning)
-            return forward(flat)
-
-    @torch.no_grad()
-    def measure(self, flat: Tensor, split: Split, *, numbers_at_once: int = 2**22) -> Metrics:
-        """Loss and accuracy of networks (N, P) on a split, in slices of bounded memory."""
-        slice_size = max(1, numbers_at_once // (len(split) * max(self.config.hidden, self.classes)))
-        losses, accuracies = [], []
-        for part in flat.split(slice_size):
-            logits = self.logits(part, split.images)  # (n, B, C)
-            labels = split.labels.expand(len(part), -1)
-            losses.append(F.cross_entropy(logits.mT, labels, reduction="none").mean(1))
-            accuracies.append((logits.argmax(-1) == labels).float().mean(1))
-        return Metrics(torch.cat(losses), torch.cat(accuracies))
-
-
-def build_network(layers: Sequence[int], seed: int) -> nn.Module:
-    """A ReLU network of the given widths in PyTorch's default initialisation.
-
-    The caller's random state is left as it was.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts: list[nn.Module] = []
-        for inputs, outputs in pairwise(layers):
-            parts += [nn.Linear(inputs, outputs), nn.ReLU()]
-        return nn.Sequential(*parts[:-1])
+        return torch.stack([self.spec.flatten(self.architecture.build(seed).state_dict()) for seed in seeds])

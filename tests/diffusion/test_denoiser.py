@@ -6,7 +6,7 @@ from mole.diffusion.conditions import Conditions, fourier
 from mole.diffusion.denoiser import Denoiser
 from mole.diffusion.process import noise_level, noise_schedule, reverse
 from mole.representations import NeuronView
-from mole.tasks import Task
+from mole.tasks import Classification
 
 CONFIG = GeneratorConfig(width=16, layers=2, heads=2)
 
@@ -15,7 +15,7 @@ def conditions(size: int) -> Conditions:
     return Conditions(torch.linspace(0.5, 2.3, size), torch.linspace(0.1, 1, size))
 
 
-def shaken(task: Task) -> Denoiser:
+def shaken(task: Classification) -> Denoiser:
     """A denoiser with random weights everywhere: zero gates would make any test of it vacuous."""
     denoiser = Denoiser(NeuronView(task.spec), CONFIG).double()
     generator = torch.Generator().manual_seed(0)
@@ -25,14 +25,14 @@ def shaken(task: Task) -> Denoiser:
     return denoiser
 
 
-def test_an_untrained_model_returns_its_start_exactly(toy: Task) -> None:
+def test_an_untrained_model_returns_its_start_exactly(toy: Classification) -> None:
     denoiser = Denoiser(NeuronView(toy.spec), CONFIG)
     noised, start = torch.randn(2, 3, toy.spec.size)
     assert torch.equal(denoiser(noised, start, torch.ones(3), conditions(3)), start)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_permuting_both_inputs_permutes_the_output(toy: Task, seed: int) -> None:
+def test_permuting_both_inputs_permutes_the_output(toy: Classification, seed: int) -> None:
     denoiser, generator = shaken(toy), torch.Generator().manual_seed(seed)
     noised, start = torch.randn(2, 3, toy.spec.size, generator=generator).double()
     order = {"0": torch.randperm(4, generator=generator)}
@@ -51,7 +51,7 @@ def test_permuting_both_inputs_permutes_the_output(toy: Task, seed: int) -> None
     assert (only_one - move(plain)).abs().max() > 1e-2
 
 
-def test_every_condition_and_input_reaches_the_output(toy: Task) -> None:
+def test_every_condition_and_input_reaches_the_output(toy: Classification) -> None:
     denoiser = shaken(toy)
     noised, start = torch.randn(2, 2, toy.spec.size).double()
     base = [noised, start, torch.full((2,), 0.5).double(), torch.ones(2).double(), torch.ones(2).double()]

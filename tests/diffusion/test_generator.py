@@ -12,11 +12,11 @@ from mole.diffusion.generator import FORMAT, Card
 from mole.errors import CorruptFileError, MoleError, PromptWarning
 from mole.files import read_json, write_json
 from mole.representations import NeuronView
-from mole.tasks import Task
+from mole.tasks import Classification
 
 
 @pytest.fixture
-def generator(digits: Task) -> Generator:
+def generator(digits: Classification) -> Generator:
     config = GeneratorConfig(width=16, layers=1, heads=2)
     denoiser = Denoiser(NeuronView(digits.spec), config)
     generator = torch.Generator().manual_seed(0)
@@ -24,8 +24,9 @@ def generator(digits: Task) -> Generator:
         for parameter in denoiser.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     card = Card(
-        format=FORMAT, denoiser=config, task=digits.config, layers=digits.layers, spec=digits.spec.to_json(),
-        scales=[0.1, 0.1, 0.2, 0.2], prompt_range=(0.1, 2.4), zoo="zoo-digest", train_steps=1, seed=0,
+        format=FORMAT, denoiser=config, task=digits.config, architecture=digits.architecture,
+        spec=digits.spec.to_json(), scales=[0.1, 0.1, 0.2, 0.2], prompt_range=(0.1, 2.4), zoo="zoo-digest",
+        train_steps=1, seed=0,
     )  # fmt: skip
     return Generator(denoiser.eval(), card, torch.device("cpu"), digits)
 
@@ -53,7 +54,7 @@ def test_a_network_depends_on_seed_and_index_only(generator: Generator) -> None:
     assert not torch.allclose(generator.sample(n=2, seed=4).flat, few.flat)
 
 
-def test_starts_can_be_given(generator: Generator, digits: Task) -> None:
+def test_starts_can_be_given(generator: Generator, digits: Classification) -> None:
     starts = digits.initial([5, 6])
     samples = generator.sample(n=2, starts=starts)
     assert samples[0].provenance["start"]["kind"] == "given weights"

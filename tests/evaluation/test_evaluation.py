@@ -14,7 +14,7 @@ from mole.evaluation import (
     steps_to_match,
 )
 from mole.evaluation.alignment import prompts
-from mole.tasks import Task
+from mole.tasks import Classification
 
 
 def test_doing_nothing_scores_the_published_minus_2_71() -> None:
@@ -38,7 +38,7 @@ def test_alignment_by_hand() -> None:
     assert (scores["prompts"], scores["starts"]) == (3, 2)
 
 
-def test_a_permuted_copy_is_no_new_network(toy: Task) -> None:
+def test_a_permuted_copy_is_no_new_network(toy: Classification) -> None:
     flat = toy.initial([1, 2, 3])
     copies = torch.stack([toy.spec.permute(f, {"0": torch.randperm(4)}) for f in flat])
     distance = PermutationDistance(toy.spec)
@@ -47,7 +47,7 @@ def test_a_permuted_copy_is_no_new_network(toy: Task) -> None:
     torch.testing.assert_close(distance.align(copies[0][None], flat[0])[0], flat[0])
 
 
-def test_the_distance_is_the_smallest_over_all_orders(toy: Task) -> None:
+def test_the_distance_is_the_smallest_over_all_orders(toy: Classification) -> None:
     first, second = toy.initial([1, 2]), toy.initial([8, 9])
     orders = [torch.tensor(order) for order in itertools.permutations(range(4))]
     brute = torch.tensor(
@@ -56,7 +56,7 @@ def test_the_distance_is_the_smallest_over_all_orders(toy: Task) -> None:
     torch.testing.assert_close(PermutationDistance(toy.spec).pairwise(first, second), brute.double(), rtol=1e-5, atol=0)
 
 
-def test_leaving_oneself_out(toy: Task) -> None:
+def test_leaving_oneself_out(toy: Classification) -> None:
     flat = toy.initial([1, 2, 3])
     distance = PermutationDistance(toy.spec)
     index = torch.arange(3)
@@ -80,24 +80,21 @@ def test_dispersion_compares_spreads() -> None:
     assert dispersion(training[:1].expand(9, -1), training) == pytest.approx(0, abs=1e-6)
 
 
-def test_null_models_are_what_they_say(toy: Task) -> None:
+def test_null_models_are_what_they_say(toy: Classification) -> None:
     final, starts = toy.initial(range(20)), toy.initial(range(50, 53))
-    states, losses = toy.initial(range(30, 40)), torch.linspace(0.1, 1, 10)
-    distance = PermutationDistance(toy.spec)
-    models = null_models(distance, starts, final, states, losses, target_loss=0.5, noise_distance=2.0, seed=0)
+    nearest, distance = toy.initial(range(30, 33)), PermutationDistance(toy.spec)
+    models = null_models(distance, starts, final, nearest, noise_distance=2.0, seed=0)
     assert all(flat.shape == starts.shape for flat in models.values())
     assert torch.equal(models["start"], starts)
-    assert torch.equal(models["nearest_prompt_retrieval"][0], states[4])
+    assert torch.equal(models["nearest_prompt_retrieval"], nearest)
     assert (models["noise"][:, None] - final).norm(dim=-1).min(1).values.tolist() == pytest.approx([2] * 3, rel=1e-5)
     assert torch.equal(
         models["mean_of_16_aligned"],
-        null_models(distance, starts, final, states, losses, target_loss=0.5, noise_distance=2.0, seed=0)[
-            "mean_of_16_aligned"
-        ],
+        null_models(distance, starts, final, nearest, noise_distance=2.0, seed=0)["mean_of_16_aligned"],
     )
 
 
-def test_optimisers_are_compared_at_their_best_rate(toy: Task) -> None:
+def test_optimisers_are_compared_at_their_best_rate(toy: Classification) -> None:
     starts = toy.initial([1, 2])
     curve = best_curve(toy, starts, "adam", [1e-5, 0.03, 1e9], 20)
     assert curve.learning_rate == 0.03 and curve.steps[0] == 0 and curve.steps[-1] == 20

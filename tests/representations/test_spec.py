@@ -67,7 +67,7 @@ def test_weights_that_do_not_fit_are_all_named() -> None:
 
 
 def test_other_types_and_tied_weights_are_refused() -> None:
-    with pytest.raises(MoleError, match=r"0\.weight is torch\.float64; legal is torch\.float32"):
+    with pytest.raises(MoleError, match=r"0\.weight is torch\.float64; legal is float32, float16"):
         WeightSpec.of(mlp(5, 3, 2).double())
     network = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
     network[2].weight = network[0].weight
@@ -107,7 +107,7 @@ def test_layers_that_mix_neurons_end_a_chain() -> None:
 
 def test_a_forward_of_its_own_is_found_out() -> None:
     class Residual(nn.Sequential):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
             hidden = self[0](input)
             return self[2](torch.relu(hidden)) + hidden.cumsum(-1)
 

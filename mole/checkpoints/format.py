@@ -1,0 +1,195 @@
+"""The files of a zoo, as docs/zoo_format.md specifies them: names, headers, layouts, seals, and their checks."""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mole.errors import CorruptFileError, MoleError
+from mole.files import file_digest, read_json, replacing, value_digest, write_json
+from mole.representations import WeightSpec
+
+FORMAT = 2
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+INDEX_KEYS = ("run", "step", "layout", "diverged")
+"""Columns that every index has; the others are factors (what was varied or given) and metrics."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What `zoo.json` holds."""
+
+    metric: str
+    """The metric that generators are conditioned on; smaller is better."""
+    dtype: Dtype
+    recipe: dict[str, Any]
+    """How the histories came about, in whatever terms their maker has."""
+
+    def to_json(self) -> dict[str, Any]:
+        return sealed({"format": FORMAT, "metric": self.metric, "dtype": self.dtype, "recipe": self.recipe})
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """The three files of a shard. It is visible once its index, which is written last, stands."""
+
+    folder: Path
+    name: str
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "shards" / f"{self.name}.safetensors"
+
+    @property
+    def seal(self) -> Path:
+        return self.folder / "shards" / f"{self.name}.json"
+
+    @property
+    def index(self) -> Path:
+        return self.folder / "shards" / f"{self.name}.parquet"
+
+
+def shards(folder: Path) -> list[ShardFiles]:
+    """Every visible shard, in order of names."""
+    return [ShardFiles(folder, path.stem) for path in sorted((folder / "shards").glob("[!.]*.parquet"))]
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """The same values with their digest under `seal`."""
+    rest = {key: item for key, item in value.items() if key != "seal"}
+    return {**rest, "seal": value_digest(rest)}
+
+
+def read_sealed(path: Path, keys: set[str]) -> dict[str, Any]:
+    """Read a JSON file that carries its own digest.
+
+    Raises:
+        CorruptFileError: it does not hold what was written.
+        FileNotFoundError: there is no such file.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict) or not keys <= value.keys() or sealed(value) != value:
+        raise CorruptFileError(f"{path}: truncated or altered (its seal differs)")
+    return value
+
+
+def read_header(folder: Path) -> Header:
+    """The header of a zoo.
+
+    Raises:
+        MoleError: there is no zoo, or one of another format.
+        CorruptFileError: `zoo.json` does not hold what was written.
+    """
+    path = folder / "zoo.json"
+    try:
+        found = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise MoleError(f"{folder}: no zoo here (zoo.json is missing)") from None
+    if isinstance(found, dict) and found.get("format") != FORMAT:
+        raise MoleError(f"{path}: format {found.get('format')}; this version reads {FORMAT}: harvest again")
+    value = read_sealed(path, {"metric", "dtype", "recipe"})
+    return Header(value["metric"], value["dtype"], value["recipe"])
+
+
+def layout_path(folder: Path, fingerprint: str) -> Path:
+    """Where the layout of this fingerprint lies."""
+    return folder / "layouts" / f"{fingerprint[:16]}.json"
+
+
+def read_layouts(folder: Path) -> dict[str, WeightSpec]:
+    """Every layout of a zoo, by the first 16 digits of its fingerprint."""
+    found: dict[str, WeightSpec] = {}
+    for path in sorted((folder / "layouts").glob("[!.]*.json")):
+        try:
+            spec = WeightSpec.from_json(read_json(path))
+        except (KeyError, TypeError, IndexError, AttributeError):
+            raise CorruptFileError(f"{path}: not a layout") from None
+        if spec.fingerprint[:16] != path.stem:
+            raise CorruptFileError(f"{path}: truncated or altered (its name is not its digest)")
+        found[path.stem] = spec
+    return found
+
+
+def write_once(path: Path, value: Any) -> bool:
+    """Write a JSON file unless there is one; of several writers at once just one succeeds."""
+    if path.exists():
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    mine = path.parent / f".tmp-{value_digest([text, id(value)])[:12]}"
+    with replacing(mine) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    try:
+        path.hardlink_to(mine)
+    except FileExistsError:
+        return False
+    finally:
+        mine.unlink()
+    return True
+
+
+def shard_fault(files: ShardFiles) -> str | None:
+    """What is wrong with a shard, or None: every byte of it is read."""
+    try:
+        seal = read_sealed(files.seal, {"weights", "index"})
+    except FileNotFoundError:
+        return f"{files.seal}: missing"
+    except CorruptFileError as error:
+        return str(error)
+    for path, wanted in ((files.weights, seal["weights"]), (files.index, seal["index"])):
+        if not path.exists():
+            return f"{path}: missing"
+        if file_digest(path) != wanted:
+            return f"{path}: truncated or altered (its digest differs from the one recorded)"
+    return None
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Every fault of a zoo, a line each: files that are missing, truncated or altered by as little as a bit.
+
+    Raises:
+        MoleError: there is no zoo.
+    """
+    folder, faults = Path(folder), []
+    for read in (read_header, read_layouts):
+        try:
+            read(folder)
+        except CorruptFileError as error:
+            faults.append(str(error))
+    return faults + [fault for files in shards(folder) if (fault := shard_fault(files))]
+
+
+def weights_shape(path: Path, dtype: Dtype) -> tuple[int, int]:
+    """Rows and parameters that the header of a weights file promises, checked against the file's size.
+
+    Raises:
+        CorruptFileError: the file is missing, truncated, or holds something else.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > 10_000_000:
+                raise ValueError(f"a header of {length} bytes")
+            tensor = json.loads(file.read(length))["weights"]
+            (rows, size), (start, stop) = tensor["shape"], tensor["data_offsets"]
+            expected = rows * size * TORCH_DTYPES[dtype].itemsize
+            found = path.stat().st_size - 8 - length
+            if tensor["dtype"] != SAFETENSORS_DTYPES[dtype] or stop - start != expected or found != expected:
+                raise ValueError(f"{found} bytes of {tensor['dtype']} weights where {expected} of {dtype} belong")
+    except FileNotFoundError:
+        raise CorruptFileError(f"{path}: missing") from None
+    except (ValueError, KeyError, TypeError, struct.error, OSError) as error:
+        raise CorruptFileError(f"{path}: truncated or altered ({error})") from None
+    return rows, size
+
+
+def write_seal(files: ShardFiles, weights: str, index: str, seconds: float) -> None:
+    """Write down the digests of a shard's other two files, and the seconds it took."""
+    write_json(files.seal, sealed({"weights": weights, "index": index, "seconds": seconds}))

@@ -1,0 +1,167 @@
+"""Appends shards to a zoo: whole or absent, several writers at once, nothing lost to a kill.
+
+Dimensions: n checkpoints of a shard, P parameters.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mole.checkpoints.format import (
+    TORCH_DTYPES,
+    Header,
+    ShardFiles,
+    layout_path,
+    read_header,
+    read_layouts,
+    read_sealed,
+    shard_fault,
+    shards,
+    write_once,
+    write_seal,
+)
+from mole.errors import CorruptFileError, MoleError
+from mole.files import file_digest, locked, replacing
+from mole.representations import WeightSpec
+
+Columns = Mapping[str, Sequence[Any] | Tensor]
+"""Name to one value per checkpoint, of a type that Parquet has; None where a value is missing."""
+
+
+class ZooWriter:
+    """One writer of a zoo; others, with other names, may write at the same time.
+
+    Args:
+        folder: of the zoo, which is created if there is none.
+        header: of the zoo; an existing one must have the same.
+        name: of this writer; the names of its shards begin with it.
+
+    Raises:
+        MoleError: the folder holds another zoo, or another process writes under this name.
+
+    Example:
+        >>> with ZooWriter("zoo/mine", Header("loss", "float32", {}), "me") as writer:
+        ...     writer.write("me-0", spec, weights, {"run": ["a", "a"], "step": [0, 9], "loss": [2.3, 0.4]})
+    """
+
+    def __init__(self, folder: str | Path, header: Header, name: str) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name):
+            raise MoleError(f"writer {name!r}: legal are up to 100 letters, digits, dots, hyphens and underscores")
+        self.folder, self.header, self.name = Path(folder), header, name
+        self.lock = locked(self.folder / "shards" / f".{name}.lock", f"another process writes there as {name!r}")
+        self.lock.__enter__()
+        try:
+            if not write_once(self.folder / "zoo.json", header.to_json()) and read_header(self.folder) != header:
+                raise MoleError(
+                    f"{self.folder}: a zoo of another recipe, metric or dtype is here; choose another folder"
+                )
+        except BaseException:
+            self.close()
+            raise
+        self.known = set(read_layouts(self.folder))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process write under this name; every shard is on disk already."""
+        self.lock.__exit__(None, None, None)
+
+    def files(self, shard: str) -> ShardFiles:
+        """The files of a shard of this zoo."""
+        return ShardFiles(self.folder, shard)
+
+    def has(self, shard: str, runs: Sequence[str] | None = None) -> bool:
+        """Whether this shard is visible and undamaged, and holds just these runs."""
+        files = self.files(shard)
+        if not files.index.exists() or shard_fault(files):
+            return False
+        return runs is None or _runs(files) == sorted(runs)
+
+    def write(self, shard: str, spec: WeightSpec, weights: Tensor, columns: Columns, *, seconds: float = 0.0) -> None:
+        """Write one shard.
+
+        Args:
+            shard: its name, which begins with the writer's; a shard of that name is replaced.
+            spec: layout of its networks, stored once per zoo.
+            weights: (n, P), finite.
+            columns: `run` and `step`, factors, metrics; each with n values.
+            seconds: that its networks took to train.
+
+        Raises:
+            MoleError: shapes do not fit, or a weight is no finite number in the zoo's dtype.
+        """
+        stored = weights.detach().cpu().to(TORCH_DTYPES[self.header.dtype]).contiguous()
+        count = len(columns["run"])
+        if stored.shape != (count, spec.size):
+            found = tuple(stored.shape)
+            raise MoleError(f"{self.folder}: weights of shape {found} for {count} checkpoints of {spec.size} numbers")
+        if not stored.isfinite().all():
+            raise MoleError(
+                f"{self.folder}: shard {shard} holds weights that are NaN, infinite or too large for "
+                f"{self.header.dtype}; leave them out, or choose dtype bfloat16 or float32"
+            )
+        layout = spec.fingerprint[:16]
+        if layout not in self.known:
+            write_once(layout_path(self.folder, layout), spec.to_json())
+            self.known.add(layout)
+        files = self.files(shard)
+        files.index.unlink(missing_ok=True)
+        with replacing(files.weights) as temporary:
+            save_file({"weights": stored}, temporary, metadata={"layout": layout})
+        digest = file_digest(files.weights)
+        index = _parquet(
+            {"diverged": [False] * count, **columns, "layout": [layout] * count, "digest": [digest] * count}
+        )
+        write_seal(files, digest, hashlib.sha256(index).hexdigest(), seconds)
+        with replacing(files.index) as temporary:
+            temporary.write_bytes(index)
+
+    def seconds(self) -> float:
+        """What the visible shards took to train, in whichever session they were made."""
+        total = 0.0
+        for files in shards(self.folder):
+            with suppress(CorruptFileError, FileNotFoundError):
+                total += float(read_sealed(files.seal, {"seconds"})["seconds"])
+        return total
+
+    def discard(self, shard: str) -> None:
+        """Take a shard of this writer back."""
+        files = self.files(shard)
+        for path in (files.index, files.seal, files.weights):  # invisible first
+            path.unlink(missing_ok=True)
+
+
+def _runs(files: ShardFiles) -> list[str]:
+    return sorted(set(pq.read_table(files.index, columns=["run"])["run"].to_pylist()))
+
+
+DICTIONARIES = ("run", "layout", "digest")
+"""Columns of texts that repeat."""
+
+
+def _parquet(columns: Columns) -> bytes:
+    """The index as the bytes of a Parquet file."""
+    arrays: dict[str, pa.Array] = {}
+    for name, values in columns.items():
+        array = pa.array(values.numpy() if isinstance(values, torch.Tensor) else list(values), from_pandas=False)
+        arrays[name] = array.dictionary_encode() if name in DICTIONARIES else array
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(arrays), buffer, compression="zstd")
+    return buffer.getvalue()

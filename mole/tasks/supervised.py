@@ -1,0 +1,222 @@
+"""Classification: labelled images or rows, in three splits.
+
+Dimensions: N networks, P parameters, B images, D numbers per image (or C, H, W), K classes.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from mole.config import TaskConfig
+from mole.errors import MoleError
+from mole.tasks.batched import batched
+from mole.tasks.networks import Architecture
+from mole.tasks.task import Metrics, SplitName, Task
+
+SUBSET_SEEDS = 2**43
+"""Seeds from here on choose which part of the data a run sees; runs use smaller ones."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (M, ...) float32, as networks read them, and labels (M,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Split":
+        """The same images and labels on another device."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def of_labels(self, labels: Sequence[int]) -> "Split":
+        """The part with these labels."""
+        chosen = torch.isin(self.labels, torch.tensor(labels, device=self.labels.device))
+        return Split(self.images[chosen], self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """Networks that learn to name the class of an image, by mini-batches and cross-entropy."""
+
+    train: Split
+    prompt: Split
+    test: Split
+    classes: int
+    augmented: bool = False
+    """Images are flipped and shifted at random while training (G.pt's CIFAR-10 recipe)."""
+
+    @property
+    def architecture(self) -> Architecture:
+        shape, config = self.train.images.shape[1:], self.config
+        if len(shape) == 3:  # each further convolution has twice the channels
+            widths = [shape[0], *(config.width * 2**layer for layer in range(config.depth)), self.classes]
+            return Architecture(kind="convnet", widths=widths, activation=config.activation)
+        widths = [prod(shape), *[config.width] * config.depth, self.classes]
+        return Architecture(kind="mlp", widths=widths, activation=config.activation)
+
+    @property
+    def device(self) -> torch.device:
+        return self.train.images.device
+
+    @property
+    def batch_size(self) -> int:
+        """Images per step; fewer than asked for where there are not so many."""
+        return min(self.config.batch_size, self.images_per_run)
+
+    @property
+    def images_per_run(self) -> int:
+        """Training images that each run sees."""
+        return max(1, round(self.config.data_fraction * len(self.train)))
+
+    @property
+    def numbers_per_step(self) -> int:
+        return self.batch_size * self.train.images[0].numel()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        names: tuple[SplitName, ...] = ("train", "prompt", "test")
+        return {f"{name}_images": len(self.split(name)) for name in names}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.images_per_run // self.batch_size
+
+    def to(self, device: torch.device) -> Self:
+        train, prompt, test = (split.to(device) for split in (self.train, self.prompt, self.test))
+        return replace(self, train=train, prompt=prompt, test=test)
+
+    def with_config(self, config: TaskConfig) -> Self:
+        """The same data with another recipe; another choice of labels needs the whole data.
+
+        Raises:
+            MoleError: a label is not one of the data's, or the data are already a part of them.
+        """
+        if config.labels == self.config.labels:
+            return replace(self, config=config)
+        if self.config.labels is not None:
+            raise MoleError(f"only labels {self.config.labels} are left; start from the whole task")
+        labels = config.labels or []
+        unknown = [label for label in labels if not 0 <= label < self.classes]
+        if unknown:
+            raise MoleError(f"task.labels: {unknown} are not labels of {config.name}; legal is 0 to {self.classes - 1}")
+        parts = (split.of_labels(labels) for split in (self.train, self.prompt, self.test))
+        train, prompt, test = parts
+        return replace(self, config=config, train=train, prompt=prompt, test=test)
+
+    @cached_property
+    def _judged(self) -> nn.Module:
+        return batched(self.network).eval()
+
+    def feed(self, seeds: Sequence[int]) -> "Minibatches":
+        return Minibatches(self, seeds)
+
+    def loss(self, state: dict[str, Tensor], *batch: Tensor) -> Tensor:
+        """Mean cross-entropy of one network on images (B, ...) and labels (B,), in nats."""
+        images, labels = batch
+        return cross_entropy(functional_call(self.template, state, (images,)), labels).mean()
+
+    def logits(self, flat: Tensor, images: Tensor) -> Tensor:
+        """Outputs (N, B, K) of networks (N, P) on the same images (B, ...); differentiable."""
+        network, spec = self._judged, self.spec  # built outside vmap, which refuses random numbers
+        forward = vmap(lambda weights: functional_call(network, spec.unflatten(weights), (images,)))
+        with warnings.catch_warnings():  # vmap announces operators without a batching rule of their own
+            warnings.simplefilter("ignore", UserWarning)
+            return forward(flat)
+
+    @torch.no_grad()
+    def measure(self, flat: Tensor, split: SplitName, *, numbers_at_once: int = 2**22) -> Metrics:
+        """`loss` (mean cross-entropy, nats) and `accuracy` (0..1), each (N,)."""
+        data = self.split(split)
+        images = data.images
+        area = images[0, 0].numel() // 4 if images.ndim > 2 else 1  # after the stride of the first convolution
+        widest = max(self.architecture.widths[1:]) * max(1, area)
+        losses, accuracies = [], []
+        for part in flat.split(max(1, numbers_at_once // (len(data) * widest))):
+            logits = self.logits(part, images)  # (n, B, K)
+            labels = data.labels.expand(len(part), -1)
+            losses.append(cross_entropy(logits, labels).mean(1))
+            accuracies.append((logits.argmax(-1) == labels).float().mean(1))
+        return {"loss": torch.cat(losses), "accuracy": torch.cat(accuracies)}
+
+    def split(self, name: SplitName) -> Split:
+        """One of the three splits."""
+        return {"train": self.train, "prompt": self.prompt, "test": self.test}[name]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy (..., B) of logits (..., B, K): as PyTorch's, and twice as fast under `vmap` on a CPU."""
+    return logits.logsumexp(-1) - logits.gather(-1, labels[..., None])[..., 0]
+
+
+class Minibatches:
+    """Each run's own shuffles of its own part of the training images, epoch by epoch; the rest of an epoch is dropped.
+
+    The returned images stand in a buffer that the next step overwrites: fresh memory for every batch would
+    cost more than the computation.
+    """
+
+    def __init__(self, task: Classification, seeds: Sequence[int]) -> None:
+        self.task, self.device = task, task.device
+        self.orders = [DataOrder(task, seed) for seed in seeds]
+        self.buffer = torch.empty(0, *task.train.images.shape[1:], device=self.device)
+
+    def keep(self, runs: Tensor) -> None:
+        self.orders = [self.orders[run] for run in runs.tolist()]
+        self.epoch = self.epoch[:, runs]
+
+    def batch(self, step: int, state: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        at = step % self.task.steps_per_epoch
+        if at == 0:
+            self.epoch = torch.stack([order.epoch() for order in self.orders], 1).to(self.device)  # (steps, N, B)
+        runs, size = self.epoch[at].shape
+        index, data = self.epoch[at].flatten(), self.task.train
+        if len(self.buffer) != len(index):
+            self.buffer = self.buffer.new_empty(len(index), *self.buffer.shape[1:])
+        images = torch.index_select(data.images, 0, index, out=self.buffer).unflatten(0, (runs, size))
+        if self.task.augmented:
+            images = torch.stack([order.augment(part) for order, part in zip(self.orders, images, strict=True)])
+        return images, data.labels.index_select(0, index).unflatten(0, (runs, size))
+
+
+class DataOrder:
+    """The order in which one run sees its images, from its seed alone."""
+
+    def __init__(self, task: Classification, seed: int) -> None:
+        self.steps, self.batch_size = task.steps_per_epoch, task.batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.pool: Tensor | None = None
+        if task.images_per_run < len(task.train):
+            chooser = torch.Generator().manual_seed(SUBSET_SEEDS + seed)
+            self.pool = torch.randperm(len(task.train), generator=chooser)[: task.images_per_run]
+        self.images = task.images_per_run
+
+    def epoch(self) -> Tensor:
+        """Indices (steps, B) of one epoch: a new shuffle of the run's images."""
+        order = torch.randperm(self.images, generator=self.generator)[: self.steps * self.batch_size]
+        order = order if self.pool is None else self.pool[order]
+        return order.reshape(self.steps, self.batch_size)
+
+    def augment(self, images: Tensor, pad: int = 4) -> Tensor:
+        """Images (B, C, H, W) mirrored with probability 1/2 and shifted by -4 to 3 pixels, zeros coming in.
+
+        Source: the released code of Peebles et al. 2022, whose crops exclude the last offset.
+        """
+        size, _, height, width = images.shape
+        flip = torch.rand(size, generator=self.generator) < 0.5
+        down, right = torch.randint(0, 2 * pad, (2, size, 1), generator=self.generator).to(images.device)
+        padded = F.pad(torch.where(flip.to(images.device)[:, None, None, None], images.flip(-1), images), [pad] * 4)
+        rows = down + torch.arange(height, device=images.device)  # (B, H)
+        columns = right + torch.arange(width, device=images.device)  # (B, W)
+        which = torch.arange(size, device=images.device)[:, None, None]
+        return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -1,0 +1,124 @@
+import math
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal
+
+from mole.checkpoints import train_population
+from mole.config import TaskConfig
+from mole.tasks import load_task
+from mole.tasks.cartpole import (
+    HORIZON,
+    CartPole,
+    Rollouts,
+    estimate_advantages,
+    fallen,
+    first_states,
+    log_prob,
+    physics,
+)
+
+from .conformance import check_task
+
+
+@pytest.fixture(scope="module")
+def task() -> CartPole:
+    found = load_task(TaskConfig(name="cartpole", steps=32))
+    assert isinstance(found, CartPole)
+    return found
+
+
+def test_the_task_conforms_and_has_the_policy_of_gpt(task: CartPole) -> None:
+    assert task.spec.size == 1250 and task.architecture.widths == [4, 32, 32, 1]
+    check_task(task, steps=17)  # one rollout and the first step of the next
+
+
+def test_the_environment_equals_that_of_gymnasium_step_by_step() -> None:
+    environment = gymnasium.make("CartPole-v1").unwrapped
+    rng = np.random.default_rng(0)
+    lengths = []
+    for episode in range(20):
+        observation, _ = environment.reset(seed=episode)
+        state = torch.tensor(np.array(environment.state), dtype=torch.float64)  # type: ignore[attr-defined]
+        np.testing.assert_allclose(observation, state.numpy(), rtol=1e-6)
+        ended, length = False, 0
+        while not ended:
+            length += 1
+            action = int(rng.integers(2))
+            observation, reward, ended, _, _ = environment.step(action)
+            state = physics(state, torch.tensor(2.0 * action - 1, dtype=torch.float64))
+            np.testing.assert_allclose(np.array(environment.state), state.numpy(), rtol=1e-12, atol=1e-14)  # type: ignore[attr-defined]
+            assert reward == 1 and ended == bool(fallen(state))
+        lengths.append(length)
+    assert max(lengths) > 20
+
+
+def test_the_return_counts_every_step_up_to_the_fall(task: CartPole) -> None:
+    """A network that always pushes right, against gymnasium from the same first states."""
+    flat = torch.zeros(1, task.spec.size)
+    entry = next(e for e in task.spec.entries if e.name == "actor.4.bias")
+    flat[0, entry.offset] = 5.0  # clipped to 1
+    found = task.measure(flat, "prompt")
+    environment, expected = gymnasium.make("CartPole-v1").unwrapped, []
+    from mole.tasks.cartpole import EPISODES, SPLIT_SEEDS
+
+    for state in first_states([EPISODES["prompt"]], torch.Generator().manual_seed(SPLIT_SEEDS["prompt"])):
+        environment.reset(seed=0)
+        environment.state = state.double().numpy()  # type: ignore[attr-defined]
+        total, ended = 0.0, False
+        while not ended:
+            _, reward, ended, _, _ = environment.step(1)
+            total += float(reward)
+        expected.append(total)
+    assert found["return"].item() == pytest.approx(np.mean(expected), abs=1e-4)
+    assert found["loss"].item() == pytest.approx(1 - np.mean(expected) / 500, abs=1e-6)
+
+
+def test_a_policy_that_balances_reaches_the_highest_return(task: CartPole) -> None:
+    network = task.architecture.build(0)
+    state = {name: torch.zeros_like(t) for name, t in network.state_dict().items()}
+    gains = torch.tensor([0.1, 0.5, 8.0, 2.0])  # pushes the cart under the pole
+    state["actor.0.weight"][0], state["actor.0.bias"][0] = gains * 0.01, 1.0
+    state["actor.2.weight"][0, 0], state["actor.2.bias"][0] = 1.0, 0.0
+    state["actor.4.weight"][0, 0] = 100 / 1.0507**2
+    state["actor.4.bias"][0] = -100.0
+    found = task.measure(task.spec.flatten(state)[None], "test")
+    assert found["return"].item() == HORIZON and found["loss"].item() == 0
+
+
+def test_the_density_is_that_of_pytorch() -> None:
+    mean, actions, log_std = torch.randn(7), torch.randn(7), torch.tensor([-0.3])
+    torch.testing.assert_close(log_prob(mean, log_std, actions), Normal(mean, log_std.exp()).log_prob(actions))
+
+
+def test_advantages_by_hand() -> None:
+    values, ends = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[False, True, False]])
+    found = estimate_advantages(values, ends, torch.tensor([4.0]))
+    last = 1 + 0.99 * 4 - 3
+    middle = 1 - 2.0  # nothing follows the end of an episode
+    first = 1 + 0.99 * 2 - 1 + 0.99 * 0.95 * middle
+    torch.testing.assert_close(found, torch.tensor([[first, middle, last]]))
+
+
+def test_rollouts_hold_real_transitions_and_start_again_after_a_fall(task: CartPole) -> None:
+    learner = {name: t[None] for name, t in task.learner(0).state_dict().items()}
+    feed = Rollouts(task, [0])
+    for iteration in range(8):
+        batches = [feed.batch(16 * iteration + step, learner) for step in range(16)]
+    observations, actions, _, advantages, returns, values = batches[0]
+    assert observations.shape == (1, 4096, 4) and actions.shape == (1, 4096)
+    assert torch.equal(batches[0][0], batches[2][0]) and not torch.equal(batches[0][0], batches[1][0])
+    assert not fallen(observations).any() and bool(feed.age.max() < HORIZON)
+    both = torch.cat([batches[0][3], batches[1][3]], 1)
+    assert abs(float(both.mean())) < 1e-4 and float(both.std()) == pytest.approx(1, abs=1e-3)
+    assert bool((returns - values).abs().max() > 0) and advantages.isfinite().all()
+    assert 0 < float(feed.age.float().mean()) < 128 and math.isfinite(float(actions.sum()))
+
+
+def test_policies_learn_to_balance() -> None:
+    task = load_task(TaskConfig(name="cartpole", steps=640))
+    weights = train_population(task, [0, 1], [0, 640]).weights
+    found = task.measure(weights, "prompt")["return"].reshape(2, 2)
+    assert (found[:, 1] > found[:, 0] + 20).all()
