@@ -7,9 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mole.checkpoints import Zoo
+    from mole.checkpoints import Zoo, import_checkpoints, train_population
+    from mole.checkpoints.callback import Harvest
     from mole.diffusion import Generator, Sample, Samples, load
-    from mole.errors import ConfigError, CorruptFileError, MoleError, PromptWarning
+    from mole.errors import ConfigError, CorruptFileError, MoleError, PromptWarning, VectorisationWarning
     from mole.rank import rank_networks, silhouette
     from mole.representations import WeightSpec
     from mole.tasks import Task, load_task
@@ -22,6 +23,9 @@ _HOMES = {
     "Sample": "mole.diffusion",
     "Samples": "mole.diffusion",
     "Zoo": "mole.checkpoints",
+    "Harvest": "mole.checkpoints.callback",
+    "import_checkpoints": "mole.checkpoints",
+    "train_population": "mole.checkpoints",
     "WeightSpec": "mole.representations",
     "Task": "mole.tasks",
     "load_task": "mole.tasks",
@@ -31,23 +35,28 @@ _HOMES = {
     "ConfigError": "mole.errors",
     "CorruptFileError": "mole.errors",
     "PromptWarning": "mole.errors",
+    "VectorisationWarning": "mole.errors",
 }
 
 __all__ = [
     "ConfigError",
     "CorruptFileError",
     "Generator",
+    "Harvest",
     "MoleError",
     "PromptWarning",
     "Sample",
     "Samples",
     "Task",
+    "VectorisationWarning",
     "WeightSpec",
     "Zoo",
+    "import_checkpoints",
     "load",
     "load_task",
     "rank_networks",
     "silhouette",
+    "train_population",
 ]
 
 

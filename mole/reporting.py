@@ -1,11 +1,13 @@
 """How the pipeline tells what it is doing; the command line decides how that looks."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-Advance = Callable[[int], None]
-"""Told how many units are done so far."""
+
+class Advance(Protocol):
+    """Told how many units are done so far, and whatever else a person would like to watch."""
+
+    def __call__(self, done: int, note: str = "") -> None: ...
 
 
 class Reporter(Protocol):

@@ -23,7 +23,8 @@ class BarReporter:
     def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:
         with tqdm(total=total, desc=f"{name:<8}", unit=f" {unit}", unit_scale=True, file=sys.stderr) as bar:
 
-            def advance(done: int) -> None:
+            def advance(done: int, note: str = "") -> None:
+                bar.set_postfix_str(note, refresh=False)
                 if bar.n == 0 and time.time() - bar.start_t < 1:
                     bar.initial = done  # resumed: what was done before does not count for the rate
                 bar.update(done - bar.n)
@@ -42,7 +43,7 @@ class LineReporter:
         began = told = time.monotonic()
         first: list[int] = []
 
-        def advance(done: int) -> None:
+        def advance(done: int, note: str = "") -> None:
             nonlocal told
             first[:] = first or [done]
             now = time.monotonic()
@@ -50,7 +51,8 @@ class LineReporter:
                 told = now
                 rate = (done - first[0]) / (now - began)
                 left = (total - done) / rate
-                self.say(f"{name}: {done:,} of {total:,} {unit}, {rate:,.1f} {unit}/s, {duration(left)} left")
+                more = f"; {note}" if note else ""
+                self.say(f"{name}: {done:,} of {total:,} {unit}, {rate:,.1f} {unit}/s, {duration(left)} left{more}")
 
         self.say(f"{name}: {total:,} {unit}")
         yield advance

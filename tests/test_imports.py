@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoints", "config", "diffusion", "evaluation", "metrics", "provenance", "rank", "reporting",
         "representations", "stages", "tasks", "tracking", *BASE,
     },
-    "cli": {"config", "errors", "pipeline", "stages", "terminal"},
+    "cli": {"checkpoints", "config", "files", "errors", "pipeline", "stages", "terminal"},
 }  # fmt: skip
 
 

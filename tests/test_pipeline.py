@@ -123,9 +123,9 @@ def test_nothing_stands_on_the_work_of_another_configuration(tiny_run: Path, tmp
         done = run_command("configs/tiny.yaml", "--out", str(folder), *arguments)
         assert done.returncode == 2
         assert f"{stage}: its configuration or its inputs changed" in done.stderr
-    (folder / "zoo" / "shards" / "group-00001.json").unlink()
+    (folder / "zoo" / "shards" / "group-00001.parquet").unlink()
     done = run_command("configs/tiny.yaml", "--out", str(folder), "--only", "evaluate")
-    assert done.returncode == 2 and "zoo/shards/group-00001.json is missing" in done.stderr
+    assert done.returncode == 2 and "zoo/shards/group-00001.parquet is missing" in done.stderr
 
 
 def test_a_damaged_ledger_is_said_before_the_work_and_a_damaged_report_is_written_again(

@@ -158,7 +158,7 @@ class Zoo:
             return next(iter(self.layouts.values()))
         specs = list(self.layouts.values())
         raise MoleError(
-            f"{self.name}: networks of {len(specs)} layouts ({differences(*specs[:2])}); filter by a factor"
+            f"{self.name}: networks of {len(specs)} layouts ({differences(*specs[:2]) or 'tensors in another order'}); filter by a factor"
         )
 
     @property
@@ -371,11 +371,13 @@ def _same(value: Any, want: Any) -> bool:
     return (value.tolist() if isinstance(value, np.ndarray) else value) == want
 
 
-def differences(one: WeightSpec, other: WeightSpec) -> str:
-    """The first tensor that differs between two layouts, with both shapes."""
+def differences(one: WeightSpec, other: WeightSpec) -> str | None:
+    """The first tensor that differs between two layouts, with both shapes; None if there is none."""
     first, second = ({e.name: (e.shape, e.dtype) for e in spec.entries} for spec in (one, other))
     for name in [*first, *second]:
         if first.get(name) != second.get(name):
-            found = [f"{found[0]}" if found else "absent" for found in (first.get(name), second.get(name))]
-            return f"{name} is {found[0]} and {found[1]}"
-    return "the order of tensors, or what is interchangeable, differs"
+            shapes = [found[0] if found else "absent" for found in (first.get(name), second.get(name))]
+            dtypes = [found[1] if found else "" for found in (first.get(name), second.get(name))]
+            kinds = f" ({dtypes[0]} and {dtypes[1]})" if shapes[0] == shapes[1] else ""
+            return f"{name} is {shapes[0]} and {shapes[1]}{kinds}"
+    return None

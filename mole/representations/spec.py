@@ -129,14 +129,14 @@ class WeightSpec:
         self.check(state)
         first = state[self.entries[0].name]
         lead = first.shape[: first.ndim - len(self.entries[0].shape)]
-        return torch.cat([state[e.name].reshape(*lead, e.size).float() for e in self.entries], -1)
+        return torch.cat([state[e.name].reshape((*lead, e.size)).float() for e in self.entries], -1)
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         """The inverse of `flatten`: views into `flat` of shape (*N, P) where the dtype is float32."""
         if flat.shape[-1] != self.size:
             raise MoleError(f"a vector of {flat.shape[-1]} parameters; this network has {self.size}")
         lead = flat.shape[:-1]
-        return {e.name: flat[..., e.offset : e.stop].reshape(*lead, *e.shape).to(e.dtype) for e in self.entries}
+        return {e.name: flat[..., e.offset : e.stop].reshape((*lead, *e.shape)).to(e.dtype) for e in self.entries}
 
     def permute(self, flat: Tensor, permutations: Mapping[str, Tensor]) -> Tensor:
         """Reorder interchangeable neurons: the same function, other weights.

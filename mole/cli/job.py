@@ -1,30 +1,26 @@
-"""The command line: reads what is asked for, says every mistake at once, then runs the pipeline.
+"""The main job's command line: reads what is asked for, says every mistake at once, then runs the pipeline.
 
 Nothing here imports torch before the input has been found good.
 """
 
 import argparse
-import contextlib
 import difflib
-import errno
-import logging
 import os
-import sys
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mole import stages as staging
 from mole.config import Config, keys, load, to_yaml
-from mole.errors import ConfigError, MoleError
+from mole.errors import ConfigError
+from mole.files import locked
 from mole.stages import STAGES, RunFolder, StageName
 
 BEGAN = time.perf_counter()
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT_CONFIG = ROOT / "configs" / "digits.yaml"
 
 FLAGS = {"--only": "STAGES", "--out": "DIR", "--print-config": "", "--dry-run": "", "--help": ""}
@@ -56,23 +52,12 @@ class Request:
     dry_run: bool
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 a fault, 2 a mistake in the input, 130 interrupted."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if any(argument in ("--help", "-h") for argument in arguments):
-        print(DESCRIPTION, end="")
-        sys.exit(0)
-    try:
-        sys.exit(_main(arguments))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; what is finished is kept, and the same command continues", file=sys.stderr)
-        sys.exit(130)
+def run_job(arguments: Sequence[str]) -> int:
+    """Do what the arguments ask for; returns the exit code.
 
-
-def _main(arguments: Sequence[str]) -> int:
+    Raises:
+        ConfigError: with every mistake.
+    """
     request = parse(arguments)
     if request.print_config:
         print(to_yaml(request.config), end="")
@@ -176,22 +161,8 @@ def _show_plan(request: Request) -> None:
 
 
 def _execute(request: Request) -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    try:
-        with _locked(request.out):
-            return _run(request)
-    except MoleError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that, or choose another --out,"
-        what = f"{error.filename or request.out}: {error.strerror or error}"
-        print(f"error: {what}; what is finished is kept: {advice} and give the same command again", file=sys.stderr)
-    except Exception as error:
-        if "No space left" not in str(error):  # safetensors reports a full disk in its own class
-            raise
-        print(f"error: {request.out}: {error}; make room and give the same command again", file=sys.stderr)
-    return 1
+    with locked(request.out / ".lock", "another process is running there"):
+        return _run(request)
 
 
 def _run(request: Request) -> int:
@@ -208,25 +179,6 @@ def _run(request: Request) -> int:
         report = staging.write_report(request.config, RunFolder(request.out))
     print(summary(report, request.out))
     return 0
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out of the run folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise MoleError(
-                f"{folder}: another process is running there; wait for it or choose another --out"
-            ) from None
-        yield
 
 
 def summary(report: dict[str, Any], folder: Path) -> str:

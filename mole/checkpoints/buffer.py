@@ -1,0 +1,87 @@
+"""Checkpoints that arrive one by one, gathered into shards.
+
+Dimensions: n checkpoints, P parameters.
+"""
+
+import time
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from mole.checkpoints.format import shards
+from mole.checkpoints.writer import ZooWriter
+from mole.representations import WeightSpec
+
+SHARD_BYTES, SHARD_ROWS = 2**26, 4096
+"""A shard is written once it has so many bytes or rows."""
+
+
+class Buffer:
+    """Gathers checkpoints of one layout and writes them as shards `<writer>-00000` and on."""
+
+    def __init__(self, writer: ZooWriter, spec: WeightSpec) -> None:
+        self.writer, self.spec = writer, spec
+        prefix = f"{writer.name}-"
+        mine = [files for files in shards(writer.folder) if files.name.startswith(prefix)]
+        numbers = [int(end) for files in mine if (end := files.name.removeprefix(prefix)).isdigit()]
+        self.shards = [files for files in mine if files.name.removeprefix(prefix).isdigit()]
+        """Those that this writer has written before."""
+        self.number = max(numbers, default=-1) + 1
+        self._clear()
+
+    def _clear(self) -> None:
+        self.columns: dict[str, list[Any]] = {}
+        self.weights: list[Tensor] = []
+        self.since = time.monotonic()
+        """When the first checkpoint of the next shard could have come."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a shard's worth of checkpoints has gathered."""
+        count = len(self.weights)
+        return count >= SHARD_ROWS or count * self.spec.size * 4 >= SHARD_BYTES
+
+    def add(self, row: dict[str, Any], flat: Tensor) -> None:
+        """One more checkpoint: its columns, and its weights (P,), finite."""
+        count = len(self.weights)
+        for name in row.keys() - self.columns.keys():
+            self.columns[name] = [None] * count
+        for name, values in self.columns.items():
+            values.append(row.get(name))
+        self.weights.append(flat)
+
+    def update_last(self, values: dict[str, Any]) -> None:
+        """Set columns of the checkpoint that came last."""
+        for name, value in values.items():
+            self.columns.setdefault(name, [None] * len(self.weights))[-1] = value
+
+    def flush(self) -> None:
+        """Write what has gathered."""
+        if self.weights:
+            columns = dict(sorted(self.columns.items()))
+            name = f"{self.writer.name}-{self.number:05d}"
+            self.writer.write(name, self.spec, torch.stack(self.weights), columns)
+            self.number += 1
+        self._clear()
+
+    def close(self) -> None:
+        """Write what has gathered, and let the name go."""
+        try:
+            self.flush()
+        finally:
+            self.writer.close()
+
+    def last_step(self, run: str) -> int | None:
+        """The last step of a run that this writer has written before; None if there is none."""
+        steps = [step for name, step in self.written() if name == run]
+        return max(steps, default=None)
+
+    def written(self) -> set[tuple[str, int]]:
+        """Run and step of every checkpoint that this writer has written before."""
+        found: set[tuple[str, int]] = set()
+        for files in self.shards:
+            table = pq.read_table(files.index, columns=["run", "step"])
+            found |= set(zip(table["run"].to_pylist(), table["step"].to_pylist(), strict=True))
+        return found

@@ -1,0 +1,168 @@
+"""Takes in checkpoints that somebody else has written; nothing in a file is ever executed.
+
+Dimensions: P parameters.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from mole.checkpoints import foreign
+from mole.checkpoints.buffer import Buffer
+from mole.checkpoints.foreign import Found, UnusableError
+from mole.checkpoints.format import Dtype, Header, read_header, read_layouts
+from mole.checkpoints.writer import ZooWriter
+from mole.checkpoints.zoo import differences
+from mole.errors import MoleError
+from mole.representations import WeightSpec
+
+METRICS = ("eval_loss", "val_loss", "val/loss", "valid_loss", "avg_test_loss", "test_loss", "loss", "train_loss")
+"""Of the metrics that the first checkpoint has, the first of these is the one to be conditioned on."""
+
+
+@dataclass
+class ImportReport:
+    """What was taken in, and what was left out and why."""
+
+    zoo: Path
+    checkpoints: int = 0
+    runs: set[str] = field(default_factory=set)
+    known: int = 0
+    """Checkpoints that an earlier import had taken in already."""
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    """Reason to the files that were left out for it."""
+
+    def skip(self, reason: str, path: str) -> None:
+        """Leave a file out."""
+        self.skipped.setdefault(reason, []).append(path)
+
+    def __str__(self) -> str:
+        known = f", {self.known} were there already" if self.known else ""
+        lines = [f"{self.zoo}: {self.checkpoints} checkpoints of {len(self.runs)} runs taken in{known}"]
+        for reason, paths in sorted(self.skipped.items(), key=lambda item: -len(item[1])):
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            lines.append(f"  {len(paths)} left out: {reason} ({paths[0]}{more})")
+        return "\n".join(lines)
+
+
+def import_checkpoints(
+    path: str | Path,
+    into: str | Path,
+    *,
+    metric: str | None = None,
+    module: nn.Module | None = None,
+    dtype: Dtype = "float32",
+    progress: Callable[[int, int], None] | None = None,
+) -> ImportReport:
+    """Take checkpoint files into a zoo.
+
+    Read are `.pt`, `.pth`, `.ckpt`, `.bin` and `.safetensors` files (plain state dicts, or dictionaries that hold one),
+    Lightning checkpoints (prefixes removed), Hugging Face folders (`checkpoint-500` with `trainer_state.json`), and
+    the LMDB runs of G.pt (`pip install mole[lmdb]`). A run is a folder; its steps come from the files, or from their
+    names, or are the files' order. The same call again takes in only what is new.
+
+    Args:
+        path: a file, or a folder that is searched through.
+        into: folder of the zoo, which is created if there is none.
+        metric: the one that generators shall be conditioned on; by default the first of `METRICS` that is found.
+        module: the network, if its symmetry shall be known; its names and shapes decide what fits.
+        dtype: of the weights on disk.
+        progress: told how many files have been read, and of how many.
+
+    Returns:
+        What was taken in, and what was left out, grouped by reason. All networks of an import are of one
+        layout: that of `module`, of the zoo, or of the first file.
+
+    Raises:
+        MoleError: there is nothing at `path`, or `into` is another zoo.
+    """
+    source, zoo = Path(path), Path(into)
+    if not source.exists():
+        raise MoleError(f"{source}: no such file or folder")
+    files = foreign.candidates(source, without=zoo)
+    report = ImportReport(zoo)
+    intake = _Intake(zoo, report, metric, WeightSpec.of(module) if module is not None else None, dtype)
+    try:
+        for done, file in enumerate(files, 1):
+            intake.take(file, source)
+            if progress is not None:
+                progress(done, len(files))
+    finally:
+        intake.close()
+    if not report.checkpoints and not report.known and not report.skipped:
+        report.skip(f"no {', '.join(sorted(foreign.SUFFIXES))} file and no LMDB run", str(source))
+    return report
+
+
+class _Intake:
+    """The open zoo of an import, and the layout that everything must fit."""
+
+    def __init__(
+        self, zoo: Path, report: ImportReport, metric: str | None, spec: WeightSpec | None, dtype: Dtype
+    ) -> None:
+        self.zoo, self.report, self.metric, self.spec = zoo, report, metric, spec
+        self.dtype: Dtype = dtype
+        self.known: set[tuple[str, int]] = set()
+        self.buffer: Buffer | None = None
+        if (zoo / "zoo.json").exists():
+            header = read_header(zoo)
+            if metric is not None and metric != header.metric:
+                raise MoleError(f"{zoo}: a zoo of metric {header.metric!r}; legal here is that one, or another folder")
+            self.metric, self.dtype = header.metric, header.dtype
+            layouts = list(read_layouts(zoo).values())
+            self.spec = self.spec or (layouts[0] if layouts else None)
+
+    def take(self, file: foreign.Candidate, source: Path) -> None:
+        """Read one file, or one LMDB run, and keep what fits."""
+        try:
+            for found in self._read(file, source):
+                self._keep(found)
+        except UnusableError as error:
+            self.report.skip(str(error), file.name)
+        except OSError as error:
+            self.report.skip(f"cannot be read ({error.strerror or error})", file.name)
+
+    def _read(self, file: foreign.Candidate, source: Path) -> Iterator[Found]:
+        return foreign.read_lmdb(file, self.spec) if file.is_lmdb else iter([foreign.read_file(file)])
+
+    def _keep(self, found: Found) -> None:
+        try:
+            spec = found.spec or WeightSpec.of_state(found.state)
+        except MoleError as error:
+            self.report.skip(str(error), found.name)
+            return
+        self.spec = self.spec or spec
+        difference = differences(self.spec, spec)
+        if difference is not None:
+            self.report.skip(f"another shape than the first: {difference}", found.name)
+            return
+        flat = self.spec.flatten(found.state)
+        if not flat.isfinite().all():
+            self.report.skip("weights that are NaN or infinite", found.name)
+            return
+        buffer = self._open(found.metrics)
+        if (found.run, found.step) in self.known:
+            self.report.known += 1
+            return
+        self.known.add((found.run, found.step))
+        buffer.add({"run": found.run, "step": found.step, "source": found.name, **found.metrics}, flat)
+        self.report.checkpoints += 1
+        self.report.runs.add(found.run)
+        if buffer.is_full:
+            buffer.flush()
+
+    def _open(self, metrics: dict[str, float]) -> Buffer:
+        if self.buffer is None:
+            assert self.spec is not None
+            metric = self.metric or next((name for name in METRICS if name in metrics), "loss")
+            header = Header(metric, self.dtype, {"source": "import"})
+            self.buffer = Buffer(ZooWriter(self.zoo, header, "import"), self.spec)
+            self.known = self.buffer.written()
+        return self.buffer
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self.buffer is not None:
+            self.buffer.close()

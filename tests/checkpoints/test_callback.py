@@ -1,0 +1,235 @@
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import mole
+from mole.checkpoints import Zoo, verify
+from mole.errors import MoleError
+
+from ..conftest import ROOT
+
+LIBRARIES = pytest.mark.parametrize("library", [L, pl], ids=["lightning", "pytorch_lightning"])
+
+
+def small_module(library: Any, learning_rate: float = 0.1, tag: str = "a") -> Any:
+    class Small(library.LightningModule):
+        def __init__(self, learning_rate: float, tag: str) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = F.cross_entropy(self.model(batch[0]), batch[1])
+            self.log("train/loss", loss)
+            return loss
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/loss", F.cross_entropy(self.model(batch[0]), batch[1]))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), self.hparams["learning_rate"])
+
+    torch.manual_seed(0)
+    return Small(learning_rate, tag)
+
+
+def data(size: int = 80) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(size, 4, generator=generator)
+    return DataLoader(TensorDataset(inputs, (inputs.sum(1) > 0).long()), batch_size=8)
+
+
+def fit(library: Any, harvest: Any, module: Any = None, *, resume: str | None = None, **options: Any) -> Any:
+    module = module or small_module(library)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        settings = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = library.Trainer(
+            **{**settings, "enable_model_summary": False, "accelerator": "cpu", "devices": 1, **options},
+            callbacks=[harvest],
+        )
+        trainer.fit(module, data(), data(16), ckpt_path=resume)
+    return trainer
+
+
+@LIBRARIES
+def test_a_training_leaves_its_history_with_metrics_and_hyper_parameters(library: Any, tmp_path: Path) -> None:
+    module = small_module(library)
+    first = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
+    harvest = mole.Harvest(tmp_path, "val/loss", every_n_steps=4, submodule="model", run="one")
+    fit(library, harvest, module)
+    zoo = Zoo(tmp_path)
+    assert zoo.runs == 1 and set(zoo.column("run")) == {"one"} and zoo.metric == "val/loss"
+    assert zoo.column("step").tolist() == [0, 4, 8, 10, 12, 16, 20]  # every fourth, and at validations
+    start, end = zoo[0].state_dict(), zoo[-1].state_dict()
+    assert all(torch.equal(start[name], tensor) for name, tensor in first.items())
+    assert all(torch.equal(end[name], tensor) for name, tensor in module.model.state_dict().items())
+    assert zoo.spec.groups == {"0": 6}
+    assert zoo.column("learning_rate").tolist() == [0.1] * 7 and set(zoo.column("tag")) == {"a"}
+    fresh = zoo.filter(step=[10, 20])
+    assert fresh.column("metric_step").tolist() == [10, 20]
+    inputs, labels = next(iter(data(16)))[0], next(iter(data(16)))[1]
+    assert len(inputs) == 8 and len(labels) == 8
+    network = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    network.load_state_dict(end)
+    everything = data(16).dataset
+    images, wanted = everything.tensors  # type: ignore[attr-defined]
+    assert fresh[1].values["val/loss"] == pytest.approx(F.cross_entropy(network(images), wanted).item(), rel=1e-5)
+    stale = zoo.filter(step=16)[0].values
+    assert stale["metric_step"] == 10 and stale["val/loss"] == fresh[0].values["val/loss"]
+    assert zoo[0].values["val/loss"] is None and zoo.finished().column("step").tolist() == [10, 12, 16, 20]
+
+
+@LIBRARIES
+def test_a_metric_that_is_never_logged_is_an_error_that_lists_what_was(library: Any, tmp_path: Path) -> None:
+    with pytest.raises(MoleError, match=r"metric 'val/los' was never logged; logged were: train/loss, val/loss"):
+        fit(library, mole.Harvest(tmp_path, "val/los", every_n_steps=4))
+    assert Zoo(tmp_path).column("step").tolist()[0] == 0  # and what was kept is there
+    with pytest.raises(MoleError, match="logged were: train/loss"):
+        fit(library, mole.Harvest(tmp_path / "b", "val/los"), check_val_every_n_epoch=5)
+
+
+@LIBRARIES
+def test_a_resumed_training_goes_on_in_the_same_run(library: Any, tmp_path: Path) -> None:
+    whole = small_module(library)
+    fit(library, mole.Harvest(tmp_path / "whole", "train/loss", every_n_steps=3, run="x"), whole, max_epochs=3)
+    path = str(tmp_path / "state.ckpt")
+    first = fit(library, mole.Harvest(tmp_path / "zoo", "train/loss", every_n_steps=3, run="x"), max_epochs=2)
+    first.save_checkpoint(path)
+    fit(library, mole.Harvest(tmp_path / "zoo", "train/loss", every_n_steps=3), resume=path, max_epochs=3)
+    parts, together = Zoo(tmp_path / "zoo"), Zoo(tmp_path / "whole")
+    assert parts.column("run").tolist() == ["x"] * len(parts)
+    steps = parts.column("step").tolist()
+    assert steps == sorted(set(steps)) and steps == together.column("step").tolist()
+    assert torch.equal(parts.read([-1 % len(parts)]), together.read([-1 % len(together)]))
+    with pytest.raises(MoleError, match="run 'x' is there already; give another name"):
+        fit(library, mole.Harvest(tmp_path / "zoo", "train/loss", run="x"))
+
+
+def test_several_trainings_share_a_zoo(tmp_path: Path) -> None:
+    for rate, tag in ((0.1, "a"), (0.3, "b")):
+        fit(L, mole.Harvest(tmp_path, "val/loss", every_n_steps=5), small_module(L, rate, tag))
+    zoo = Zoo(tmp_path)
+    assert zoo.runs == 2 and sorted(set(zoo.column("learning_rate"))) == [0.1, 0.3]
+    assert zoo.filter(tag="b").runs == 1
+    with pytest.raises(MoleError, match="another recipe, metric or dtype"):
+        fit(L, mole.Harvest(tmp_path, "train/loss"))
+
+
+DDP = """
+import sys
+import lightning as L, mole
+from tests.checkpoints.test_callback import Module, data
+if __name__ == "__main__":
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[mole.Harvest(sys.argv[1], "val/loss", every_n_steps=2, run="ddp")])
+    trainer.fit(Module(), data(), data(16))
+"""
+
+KILL = """
+import os, signal, sys
+import lightning as L, mole
+from mole.checkpoints import callback
+from tests.checkpoints.test_callback import data, small_module
+class Die(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 17:
+            os.kill(os.getpid(), signal.SIGKILL)
+callback.FLUSH_SECONDS = 0.0
+harvest = mole.Harvest(sys.argv[1], "train/loss", every_n_steps=2, run="k")
+L.Trainer(max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
+    enable_model_summary=False, callbacks=[harvest, Die()]).fit(small_module(L), data())
+"""
+
+
+def run_script(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process of its own, with its folder's zoo as the argument."""
+    folder.mkdir(exist_ok=True)
+    (folder / "script.py").write_text(code)
+    return subprocess.run(
+        [sys.executable, str(folder / "script.py"), str(folder / "zoo")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+
+
+def test_data_parallel_training_is_written_by_the_first_process(tmp_path: Path) -> None:
+    done = run_script(DDP, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    zoo = Zoo(tmp_path / "zoo")
+    assert set(zoo.column("run")) == {"ddp"} and zoo.column("step").tolist() == [0, 2, 4, 5]
+    assert "model.0.weight" in zoo[0].state_dict()
+
+
+def test_a_killed_training_leaves_what_was_written(tmp_path: Path) -> None:
+    assert run_script(KILL, tmp_path).returncode == -signal.SIGKILL
+    assert Zoo(tmp_path / "zoo").column("step").tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+    assert verify(tmp_path / "zoo") == []
+
+
+class Module(L.LightningModule):
+    """At the top of the file, where a spawned process finds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", F.cross_entropy(self.model(batch[0]), batch[1]), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_weights_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> None:
+    harvest = mole.Harvest(tmp_path, "train/loss", every_n_steps=2)
+    fit(L, harvest, small_module(L, 1e30), max_epochs=1)
+    assert harvest.skipped >= 4 and Zoo(tmp_path).column("step").tolist() == [0]
+
+
+def test_an_exception_in_the_training_writes_what_was_kept(tmp_path: Path) -> None:
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 5:
+                raise RuntimeError("stop here")
+
+    harvest = mole.Harvest(tmp_path, "train/loss", every_n_steps=2)
+    trainer = L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                        accelerator="cpu", enable_model_summary=False, callbacks=[harvest, Stop()])  # fmt: skip
+    with pytest.raises(RuntimeError, match="stop here"):
+        trainer.fit(small_module(L), data())
+    assert Zoo(tmp_path).column("step").tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps is 0; legal is a whole number of at least 1"),
+        ({"every_n_steps": True}, "every_n_steps is True"),
+        ({"run": "a/b"}, "run 'a/b': legal are up to 100 letters"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(options: dict[str, Any], text: str, tmp_path: Path) -> None:
+    with pytest.raises(MoleError, match=text):
+        mole.Harvest(tmp_path, "val/loss", **options)
+
+
+def test_a_submodule_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MoleError, match=r"submodule 'modle': not there; Small has \['model'\]"):
+        fit(L, mole.Harvest(tmp_path, "val/loss", submodule="modle"))

@@ -1,0 +1,207 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import mole
+from mole.checkpoints import Zoo, import_checkpoints, verify
+from mole.errors import MoleError
+from mole.tasks import Architecture
+
+from .test_callback import L, fit, small_module
+
+
+def network(seed: int, widths: tuple[int, int, int] = (4, 6, 2)) -> dict[str, Tensor]:
+    return Architecture(kind="mlp", widths=list(widths)).build(seed).state_dict()
+
+
+def flat(state: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in state.values()])
+
+
+class Trap:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (pytest.fail, ("code in a file was run",))
+
+
+def test_folders_of_plain_files_in_every_format(tmp_path: Path) -> None:
+    source, zoo = tmp_path / "runs", tmp_path / "zoo"
+    (source / "a").mkdir(parents=True)
+    (source / "b" / "deep").mkdir(parents=True)
+    torch.save(network(1), source / "a" / "step_10.pt")
+    torch.save({"model_state_dict": network(2), "step": 200, "loss": 0.5, "lr": 0.1}, source / "a" / "last.pth")
+    torch.save({"model": {f"module.{k}": v for k, v in network(3).items()}, "metrics": {"loss": 0.25}},
+               source / "a" / "epoch=7-val_loss=0.75.ckpt")  # fmt: skip
+    save_file(network(4), source / "b" / "deep" / "model-3.safetensors")
+    report = import_checkpoints(source, zoo, metric="loss")
+    assert (report.checkpoints, sorted(report.runs), report.skipped) == (4, ["a", "b/deep"], {})
+    found = Zoo(zoo)
+    assert found.column("run").tolist() == ["a", "a", "a", "b/deep"]
+    assert found.column("step").tolist() == [7, 10, 200, 3]
+    assert torch.equal(found.read(range(4)), torch.stack([flat(network(seed)) for seed in (3, 1, 2, 4)]))
+    assert found[2].values["loss"] == 0.5 and found[0].values["loss"] == 0.25 and found[0].values["val_loss"] == 0.75
+    assert found[0].values["source"] == "a/epoch=7-val_loss=0.75.ckpt" and verify(zoo) == []
+
+
+def test_the_same_call_again_takes_in_only_what_is_new(tmp_path: Path) -> None:
+    torch.save(network(1), tmp_path / "step1.pt")
+    zoo = tmp_path / "zoo"  # inside the folder that is searched, and passed over
+    assert import_checkpoints(tmp_path, zoo).checkpoints == 1
+    torch.save(network(2), tmp_path / "step2.pt")
+    report = import_checkpoints(tmp_path, zoo)
+    assert (report.checkpoints, report.known, report.skipped) == (1, 1, {})
+    assert Zoo(zoo).column("step").tolist() == [1, 2]
+    assert import_checkpoints(tmp_path, zoo).checkpoints == 0
+    assert str(report).startswith(f"{zoo}: 1 checkpoints of 1 runs taken in, 1 were there already")
+
+
+def test_lightning_checkpoints_lose_their_prefix_and_keep_step_and_monitor(tmp_path: Path) -> None:
+    class Watch(L.pytorch.callbacks.ModelCheckpoint):
+        pass
+
+    module = small_module(L)
+    keep = L.pytorch.callbacks.ModelCheckpoint(dirpath=tmp_path / "ckpts", monitor="val/loss", save_top_k=-1)
+    fit(L, keep, module, enable_checkpointing=True)
+    report = import_checkpoints(tmp_path / "ckpts", tmp_path / "zoo")
+    zoo = Zoo(tmp_path / "zoo")
+    assert report.checkpoints == 2 and zoo.column("step").tolist() == [10, 20] and zoo.metric == "val/loss"
+    assert [entry.name for entry in zoo.spec.entries] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert torch.equal(zoo.read([1])[0], flat(module.model.state_dict()))
+    assert 0 < zoo[1].values["val/loss"] < zoo[0].values["val/loss"]
+
+
+def test_hugging_face_folders_with_the_metrics_of_the_trainer(tmp_path: Path) -> None:
+    source = tmp_path / "my-model"
+    for step, loss in ((500, 0.5), (1000, 0.25)):
+        folder = source / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        save_file(network(step), folder / "model.safetensors")
+        torch.save({"state": {}}, folder / "optimizer.pt")
+        history = [{"step": 500, "eval_loss": 0.5}, {"step": step, "loss": loss + 1}, {"step": step, "eval_loss": loss}]
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": history}))
+    report = import_checkpoints(source, tmp_path / "zoo")
+    zoo = Zoo(tmp_path / "zoo")
+    assert zoo.column("step").tolist() == [500, 1000] and zoo.runs == 1 and zoo.column("run")[0] == "my-model"
+    assert zoo.metric == "eval_loss" and zoo.loss.tolist() == [0.5, 0.25] and zoo.column("loss").tolist() == [1.5, 1.25]
+    assert list(report.skipped) == ["not a network (state of an optimiser, scheduler or random generator)"]
+
+
+def test_networks_in_several_files_are_put_together(tmp_path: Path) -> None:
+    state = network(1)
+    names = list(state)
+    parts = {"model-00001-of-00002.safetensors": names[:2], "model-00002-of-00002.safetensors": names[2:]}
+    for file, keys in parts.items():
+        save_file({key: state[key] for key in keys}, tmp_path / file)
+    weight_map = {key: file for file, keys in parts.items() for key in keys}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    report = import_checkpoints(tmp_path, tmp_path / "zoo")
+    assert report.checkpoints == 1 and report.skipped == {}
+    found = Zoo(tmp_path / "zoo")[0].state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def write_lmdb(folder: Path, run: str, checkpoints: dict[str, tuple[Tensor, list[int], dict[str, float]]]) -> None:
+    lmdb = pytest.importorskip("lmdb")
+    folder.mkdir(parents=True)
+    with lmdb.open(str(folder), map_size=2**24) as database, database.begin(write=True) as transaction:
+        for key, (weights, sizes, _) in checkpoints.items():
+            transaction.put(key.encode(), weights.numpy().tobytes())
+            transaction.put(f"{key}_arch".encode(), np.array(sizes, np.float32).tobytes())
+    content = {"checkpoints": {key: values for key, (_, _, values) in checkpoints.items()}, "metadata": {}}
+    (folder / "runs.json").write_text(json.dumps(content))
+
+
+def test_runs_of_gpt_with_the_steps_of_their_keys(tmp_path: Path) -> None:
+    networks = [flat(network(seed, (784, 10, 10))) for seed in (1, 2)]
+    sizes = [7840, 10, 100, 10]
+    write_lmdb(tmp_path / "mnist" / "000003", "000003", {
+        "000003/ep000_it00000.pt": (networks[0], sizes, {"avg_test_loss": 2.3, "avg_test_err": 90.0}),
+        "000003/ep002_it00010.pt": (networks[1], sizes, {"avg_test_loss": 0.3, "avg_test_err": 9.0}),
+    })  # fmt: skip
+    policy = flat(Architecture(kind="policy", widths=[4, 32, 32, 1], activation="selu").build(0).state_dict())
+    critic = torch.ones(1249)
+    parts = [1, 128, 32, 1024, 32, 32, 1]
+    write_lmdb(tmp_path / "cartpole" / "000000", "000000", {
+        "000000/it00007.pt": (torch.cat([policy, critic]), [*parts, *parts[1:]], {"train_ret": 12.0}),
+    })  # fmt: skip
+    report = import_checkpoints(tmp_path / "mnist", tmp_path / "a")
+    zoo = Zoo(tmp_path / "a")
+    assert report.checkpoints == 2 and zoo.metric == "avg_test_loss" and zoo.column("step").tolist() == [0, 946]
+    assert torch.equal(zoo.read([0, 1]), torch.stack(networks)) and zoo.loss.tolist() == pytest.approx([2.3, 0.3])
+    assert zoo.column("run").tolist() == ["000003"] * 2 and zoo.spec.groups == {"0": 10}
+    import_checkpoints(tmp_path / "cartpole", tmp_path / "b", metric="train_ret")
+    assert torch.equal(Zoo(tmp_path / "b").read([0])[0], policy) and Zoo(tmp_path / "b").column("step").tolist() == [7]
+
+
+def test_everything_that_cannot_be_taken_in_is_grouped_counted_and_explained(tmp_path: Path) -> None:
+    source = tmp_path / "runs"
+    source.mkdir()
+    torch.save(network(1), source / "0.pt")
+    for number in (1, 2):
+        torch.save({"model": Trap()}, source / f"code{number}.pt")
+    (source / "cut.pt").write_bytes((source / "0.pt").read_bytes()[:300])
+    (source / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      " + b"\0" * 7)
+    (source / "text.ckpt").write_text("hello")
+    torch.save(network(2, (4, 7, 2)), source / "wide.pt")
+    state = network(3)
+    state["0.bias"][1] = float("nan")
+    torch.save(state, source / "nan.pt")
+    torch.save([1, 2], source / "list.pt")
+    torch.save({"losses": torch.arange(3)}, source / "numbers.pt")
+    torch.save({name: tensor.double() for name, tensor in network(1).items()}, source / "double.pt")
+    write_lmdb(source / "foreign", "x", {"it00001.pt": (torch.ones(9), [4, 5], {})})
+    (source / "broken").mkdir()
+    (source / "broken" / "data.mdb").write_bytes(b"x" * 9000)
+    (source / "broken" / "runs.json").write_text('{"checkpoints": {"a": {}}}')
+    report = import_checkpoints(source, tmp_path / "zoo")
+    skipped = {reason: sorted(paths) for reason, paths in report.skipped.items()}
+    needs_code = next(reason for reason in skipped if reason.startswith("needs code"))
+    assert "which is never done" in needs_code and skipped.pop(needs_code) == ["code1.pt", "code2.pt"]
+    assert skipped.pop("truncated, or not a safetensors file") == ["cut.safetensors"]
+    assert skipped.pop("truncated, or not a checkpoint") == ["cut.pt", "text.ckpt"]
+    assert skipped.pop("another shape than the first: 0.weight is (6, 4) and (7, 4)") == ["wide.pt"]
+    assert skipped.pop("weights that are NaN or infinite") == ["nan.pt"]
+    assert skipped.pop("no state dict in it") == ["list.pt", "numbers.pt"]
+    assert skipped.pop("a damaged LMDB file") == ["broken"]
+    (double,) = [reason for reason in skipped if "float64" in reason]
+    assert skipped.pop(double) == ["double.pt"]
+    (foreign,) = skipped
+    assert "tensors with [4, 5] numbers, which is none of G.pt's; give `module`" in foreign
+    assert Zoo(tmp_path / "zoo").column("source").tolist() == ["0.pt"]
+    lines = str(report).splitlines()
+    assert lines[1].startswith("  2 left out: ") and f"  2 left out: {needs_code} (code1.pt and 1 more)" in lines
+
+
+def test_a_module_says_what_fits_and_what_is_interchangeable(tmp_path: Path) -> None:
+    torch.save(network(1), tmp_path / "1.pt")
+    torch.save(network(1, (4, 7, 2)), tmp_path / "0.pt")
+    module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    report = import_checkpoints(tmp_path, tmp_path / "zoo", module=module)
+    assert report.checkpoints == 1 and list(report.skipped.values()) == [["0.pt"]]
+    assert Zoo(tmp_path / "zoo").spec.groups == {"0": 6}
+
+
+def test_nothing_there_and_another_zoo(tmp_path: Path) -> None:
+    with pytest.raises(MoleError, match="no such file or folder"):
+        import_checkpoints(tmp_path / "none", tmp_path / "zoo")
+    (tmp_path / "empty").mkdir()
+    report = import_checkpoints(tmp_path / "empty", tmp_path / "zoo")
+    assert report.checkpoints == 0 and "no .bin, .ckpt, .pt, .pth, .safetensors file" in str(report)
+    torch.save({"model": network(1), "loss": 1.0}, tmp_path / "empty" / "1.pt")
+    assert mole.import_checkpoints(tmp_path / "empty", tmp_path / "zoo").checkpoints == 1
+    with pytest.raises(MoleError, match="a zoo of metric 'loss'; legal here is that one"):
+        import_checkpoints(tmp_path / "empty", tmp_path / "zoo", metric="acc")
+
+
+def test_a_single_file_and_batch_norm_counters(tmp_path: Path) -> None:
+    module: Any = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    module(torch.randn(8, 3))
+    torch.save(module.state_dict(), tmp_path / "one.pt")
+    assert import_checkpoints(tmp_path / "one.pt", tmp_path / "zoo").checkpoints == 1
+    found = Zoo(tmp_path / "zoo")[0].state_dict()
+    assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in module.state_dict().items())
