@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,36 @@ def test_a_folder_that_cannot_be_made_is_said_without_a_traceback(tmp_path: Path
 
 def test_the_script_and_the_package_are_the_same_door() -> None:
     assert "from mole.cli import main" in (ROOT / "train.py").read_text()
+
+
+def test_zoos_are_shown_verified_and_filled_from_the_command_line(tiny_run: Path, tmp_path: Path) -> None:
+    zoo = tmp_path / "zoo"
+    shutil.copytree(tiny_run / "zoo", zoo)
+    shown = run_command("zoo", "show", str(zoo))
+    assert shown.returncode == 0 and "64 runs, 512 checkpoints of 1,210 parameters, float32" in shown.stdout
+    sound = run_command("zoo", "verify", str(zoo))
+    assert sound.returncode == 0 and "2 shards, every byte as written" in sound.stdout
+    path = zoo / "shards" / "group-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    flipped = run_command("zoo", "verify", str(zoo))
+    assert flipped.returncode == 1 and f"{path}: truncated or altered" in flipped.stdout
+    taken = run_command("import", str(tiny_run / "samples"), "--into", str(tmp_path / "other"), "--metric", "loss")
+    assert taken.returncode == 0 and "8 checkpoints of 1 runs taken in" in taken.stdout, taken.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["zoo", "show", "/nowhere"], 1, "error: /nowhere: no zoo here (zoo.json is missing)"),
+        (["zoo", "verfy", "x"], 2, "invalid choice: 'verfy'"),
+        (["zoo"], 2, "the following arguments are required: action"),
+        (["import", "x"], 2, "the following arguments are required: --into"),
+        (["import", "/nowhere", "--into", "/tmp/zoo"], 1, "error: /nowhere: no such file or folder"),
+        (["import", "x", "--into", "y", "--dtype", "int8"], 2, "invalid choice: 'int8'"),
+    ],
+)
+def test_mistakes_in_zoo_commands_are_said_without_a_traceback(arguments: list[str], code: int, text: str) -> None:
+    done = run_command(*arguments)
+    assert done.returncode == code and text in done.stderr and "Traceback" not in done.stderr

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "representations": BASE,
     "tasks": {"config", "representations", *BASE},
     "checkpoints": {"config", "representations", "tasks", *BASE},
-    "diffusion": {"config", "representations", "tasks", "checkpoints", *BASE},
+    "diffusion": {"config", "reporting", "representations", "tasks", "checkpoints", *BASE},
     "evaluation": {"config", "representations", "tasks", "checkpoints", *BASE},
     "rank": {"errors"},
     "provenance": BASE,

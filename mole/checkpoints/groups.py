@@ -51,10 +51,15 @@ class Harvested:
     """Runs of the group that diverged."""
     seconds: float
 
+    def values(self, column: str) -> list[Any]:
+        """A column as plain values."""
+        found = self.columns[column]
+        return found.tolist() if isinstance(found, Tensor) else list(found)
+
     @property
     def digest(self) -> str:
         """SHA-256 of the runs, the steps and every bit of the weights."""
-        named = [list(self.columns["run"]), self.columns["step"].tolist()]
+        named = [self.values("run"), self.values("step")]
         return value_digest([named, weights_digest(self.weights)])
 
 

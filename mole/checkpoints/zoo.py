@@ -157,9 +157,8 @@ class Zoo:
         if len(self.layouts) == 1:
             return next(iter(self.layouts.values()))
         specs = list(self.layouts.values())
-        raise MoleError(
-            f"{self.name}: networks of {len(specs)} layouts ({differences(*specs[:2]) or 'tensors in another order'}); filter by a factor"
-        )
+        found = differences(specs[0], specs[1]) or "tensors in another order"
+        raise MoleError(f"{self.name}: networks of {len(specs)} layouts ({found}); filter by a factor first")
 
     @property
     def metric(self) -> str:

@@ -184,7 +184,11 @@ def _run(request: Request) -> int:
 def summary(report: dict[str, Any], folder: Path) -> str:
     """The closing table: what was reached and where it lies."""
     rows: list[tuple[str, str, str]] = []
-    if "harvest" in report:
+    if report.get("harvest", {}).get("mode") == "stream":
+        flow = report.get("train", {}).get("stream", {"runs": 0, "checkpoints": 0, "reads_per_checkpoint": 0})
+        read = f"each read {flow['reads_per_checkpoint']:.1f} times"
+        rows.append(("in transit", f"{flow['runs']:,} runs, {flow['checkpoints']:,} checkpoints, {read}", "no zoo"))
+    elif "harvest" in report:
         h = report["harvest"]
         text = f"{h['runs']:,} runs, {h['checkpoints']:,} checkpoints in {h['seconds']:.0f} s"
         rows.append(("harvest", text, "zoo/"))

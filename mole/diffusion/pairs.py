@@ -3,7 +3,7 @@
 Dimensions: P parameters, B pairs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from mole.checkpoints import Zoo
+from mole.checkpoints.stream import Reservoir
 from mole.config import TrainConfig
 from mole.diffusion.conditions import Conditions
 from mole.diffusion.process import noise_level, noise_schedule
-from mole.representations import EntryScale
+from mole.files import value_digest
+from mole.representations import EntryScale, WeightSpec
 
 
 class Batch(NamedTuple):
@@ -39,6 +41,33 @@ class Pairs(NamedTuple):
 class PairSource(Protocol):
     """Where pairs come from: a zoo, or populations that are still training."""
 
+    @property
+    def spec(self) -> WeightSpec:
+        """Layout of the networks."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Identity of what has been read so far."""
+        ...
+
+    @property
+    def losses(self) -> tuple[float, float]:
+        """Lowest and highest loss so far."""
+        ...
+
+    def chunks(self) -> Iterable[Tensor]:
+        """Weights in parts (n, P), for their scale."""
+        ...
+
+    def note(self) -> str:
+        """What a person would like to watch; may be empty."""
+        ...
+
+    def state(self) -> int:
+        """Where a training that is resumed goes on."""
+        ...
+
     def pairs(self, config: TrainConfig, generator: torch.Generator) -> Pairs:
         """As many pairs as a batch has, drawn with this generator."""
         ...
@@ -48,8 +77,18 @@ class ZooPairs:
     """Pairs from a zoo; its weights stay where they are."""
 
     def __init__(self, zoo: Zoo) -> None:
-        self.zoo = zoo
+        self.zoo, self.spec, self.digest = zoo, zoo.spec, zoo.digest
         self.counts = zoo.bounds.diff()
+        self.losses = (float(zoo.loss.min()), float(zoo.loss.max()))
+
+    def chunks(self) -> Iterable[Tensor]:
+        return self.zoo.chunks()
+
+    def note(self) -> str:
+        return ""
+
+    def state(self) -> int:
+        return 0
 
     def pairs(self, config: TrainConfig, generator: torch.Generator) -> Pairs:
         run = torch.randint(len(self.counts), (config.batch_size,), generator=generator)
@@ -57,6 +96,40 @@ class ZooPairs:
         start, clean = self.zoo.bounds[run] + first, self.zoo.bounds[run] + second
         weights = self.zoo.read(torch.cat([start, clean]))
         return Pairs(weights[: len(run)], weights[len(run) :], self.zoo.loss[start], self.zoo.loss[clean])
+
+
+class StreamPairs:
+    """Pairs from populations in transit; which ones depends on how fast they train."""
+
+    def __init__(self, reservoir: Reservoir) -> None:
+        self.reservoir, self.spec = reservoir, reservoir.task.spec
+
+    @property
+    def digest(self) -> str:
+        return value_digest(self.reservoir.flow.digests)
+
+    @property
+    def losses(self) -> tuple[float, float]:
+        return self.reservoir.flow.low, self.reservoir.flow.high
+
+    def chunks(self) -> Iterable[Tensor]:
+        return [run.weights for run in self.reservoir.runs]
+
+    def note(self) -> str:
+        return self.reservoir.flow.note()
+
+    def state(self) -> int:
+        return self.reservoir.next_batch
+
+    def pairs(self, config: TrainConfig, generator: torch.Generator) -> Pairs:
+        rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        while len(rows) < config.batch_size:
+            runs = self.reservoir.choose(generator, config.batch_size - len(rows))
+            states = choose_states(torch.tensor([len(run.uses) for run in runs]), config, generator)
+            for run, first, second in zip(runs, *(part.tolist() for part in states), strict=True):
+                if self.reservoir.use(run, first, second):
+                    rows.append((run.weights[first], run.weights[second], run.loss[first], run.loss[second]))
+        return Pairs(*(torch.stack(part) for part in zip(*rows, strict=True)))
 
 
 def choose_states(counts: Tensor, config: TrainConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:

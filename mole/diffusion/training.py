@@ -18,9 +18,10 @@ from mole.config import Config
 from mole.diffusion.denoiser import Denoiser
 from mole.diffusion.generator import FORMAT, Card, Generator
 from mole.diffusion.module import DenoiserTraining
-from mole.diffusion.pairs import PairBatches, ZooPairs
+from mole.diffusion.pairs import PairBatches, PairSource
 from mole.errors import MoleError
 from mole.files import remove, replacing
+from mole.reporting import Advance
 from mole.representations import EntryScale, NeuronView
 from mole.tasks import Classification
 
@@ -35,8 +36,8 @@ class Data:
     """What a generator is trained on and validated with."""
 
     task: Classification
-    zoo: Zoo
-    """Training runs."""
+    source: Callable[[int], PairSource]
+    """Training pairs, from where an earlier session of the same training left off; 0 is the beginning."""
     heldout: Zoo
 
 
@@ -47,7 +48,7 @@ def train_generator(
     *,
     identity: str,
     device: torch.device,
-    progress: Callable[[int], None],
+    progress: Advance,
     log: Log,
     on_resume: Callable[[int], None] = lambda step: None,
 ) -> tuple[Generator, float, float]:
@@ -69,30 +70,37 @@ def train_generator(
     Raises:
         MoleError: the loss became NaN or infinite.
     """
-    view, scale = NeuronView(data.zoo.spec), EntryScale.fit(data.zoo.spec, data.zoo.chunks())
+    resumed = _resumable(state, identity)
+    on_resume(resumed.step)
+    source = data.source(resumed.source)
+    view = NeuronView(source.spec)
+    scales = resumed.scales or EntryScale.fit(source.spec, source.chunks()).stds(source.spec)
+    scale = EntryScale.of(source.spec, scales)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         denoiser = Denoiser(view, config.generator)
     module = DenoiserTraining(denoiser, scale, data.task, config.train, seed=config.seed)
-    low, high = float(data.zoo.loss.min()), float(data.zoo.loss.max())
-    card = Card(
-        format=FORMAT, denoiser=config.generator, task=config.task, architecture=data.task.architecture,
-        spec=view.spec.to_json(), scales=scale.stds(view.spec), prompt_range=(low, high), zoo=data.zoo.digest,
-        train_steps=config.train.steps, seed=config.seed,
-    )  # fmt: skip
-    first_step, spent = _resumable(state, identity)
-    on_resume(first_step)
-    progress(first_step)
-    batches = PairBatches(ZooPairs(data.zoo), scale, config.train, seed=config.seed, first_step=first_step)
-    watch = _Watch(config, data, card, _State(state, identity, spent), device, progress, log)
+
+    def card() -> Card:
+        """What is known of the generator now; the losses and the digest of a stream grow."""
+        return Card(
+            format=FORMAT, denoiser=config.generator, task=config.task, architecture=data.task.architecture,
+            spec=view.spec.to_json(), scales=scales, prompt_range=source.losses, zoo=source.digest,
+            train_steps=config.train.steps, seed=config.seed,
+        )  # fmt: skip
+
+    progress(resumed.step)
+    batches = PairBatches(source, scale, config.train, seed=config.seed, first_step=resumed.step)
+    kept = _State(state, identity, resumed.seconds, scales, source)
+    watch = _Watch(config, data, card, kept, device, progress, log)
     _quiet()
     try:
-        resume = str(state) if first_step else None
+        resume = str(state) if resumed.step else None
         loader = DataLoader(batches, batch_size=None)
         _trainer(config, device, watch).fit(module, loader, ckpt_path=resume, weights_only=True)
     except SystemExit:  # Lightning turns Ctrl-C into an exit
         raise KeyboardInterrupt from None
-    return Generator(_averaged(module, device), card, device, data.task), watch.seconds, spent
+    return Generator(_averaged(module, device), card(), device, data.task), watch.seconds, resumed.seconds
 
 
 def _trainer(config: Config, device: torch.device, watch: L.Callback) -> L.Trainer:
@@ -124,19 +132,32 @@ class _State:
     path: Path
     identity: str
     seconds_before: float
+    scales: list[float]
+    source: PairSource
 
 
-def _resumable(state: Path, identity: str) -> tuple[int, float]:
-    """Steps and seconds already spent in a training state of this identity; any other state is removed."""
+@dataclass(frozen=True)
+class _Resumed:
+    """Where an earlier session left off."""
+
+    step: int = 0
+    seconds: float = 0.0
+    scales: list[float] | None = None
+    source: int = 0
+
+
+def _resumable(state: Path, identity: str) -> _Resumed:
+    """What a training state of this identity says; any other state is removed."""
     if state.exists():
         try:
             found = torch.load(state, map_location="cpu", weights_only=True)
             if found["identity"] == identity:
-                return int(found["global_step"]), float(found["seconds"])
+                scales = [float(scale) for scale in found["scales"]]
+                return _Resumed(int(found["global_step"]), float(found["seconds"]), scales, int(found["source"]))
         except Exception:  # truncated, foreign or hostile: whatever is wrong, it is not ours
             logger.warning("%s: not a training state; training from the beginning", state)
         remove(state)
-    return 0, 0.0
+    return _Resumed()
 
 
 def _quiet() -> None:
@@ -157,10 +178,10 @@ class _Watch(L.Callback):
         self,
         config: Config,
         data: Data,
-        card: Card,
+        card: Callable[[], Card],
         state: _State,
         device: torch.device,
-        progress: Callable[[int], None],
+        progress: Advance,
         log: Log,
     ) -> None:
         self.config, self.data, self.card, self.state = config, data, card, state
@@ -168,7 +189,9 @@ class _Watch(L.Callback):
         self.started, self.started_step = time.monotonic(), 0
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint |= {"identity": self.state.identity, "seconds": self.seconds}
+        state = self.state
+        checkpoint |= {"identity": state.identity, "seconds": self.seconds, "scales": state.scales}
+        checkpoint["source"] = state.source.state()
 
     @property
     def seconds(self) -> float:
@@ -183,7 +206,7 @@ class _Watch(L.Callback):
     ) -> None:
         assert isinstance(pl_module, DenoiserTraining)
         step, train = trainer.global_step, self.config.train
-        self.progress(step)
+        self.progress(step, self.state.source.note())
         if step % train.log_every == 0 or step == train.steps:
             self._log_training(step, outputs, trainer)
         if step % train.validate_every == 0 or step == train.steps:
@@ -209,9 +232,10 @@ class _Watch(L.Callback):
 
     def _validate(self, step: int, module: DenoiserTraining) -> None:
         """One pass from the first states of held-out runs, judged on prompt images."""
-        generator = Generator(_averaged(module, self.device), self.card, self.device, self.data.task)
+        card = self.card()
+        generator = Generator(_averaged(module, self.device), card, self.device, self.data.task)
         starts = self.data.heldout.read(self.data.heldout.first)
-        drawn = generator.draw(starts, torch.full((len(starts),), self.card.prompt_range[0])).flat
+        drawn = generator.draw(starts, torch.full((len(starts),), card.prompt_range[0])).flat
         found = self.data.task.measure(drawn.to(self.device), "prompt")
         self.report(
             step,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from mole.checkpoints import Zoo
+from mole.checkpoints.backends import make_backend
+from mole.checkpoints.groups import plan_groups
 from mole.config import Config
 from mole.diffusion import Generator
 from mole.errors import MoleError
@@ -52,8 +54,31 @@ class Run:
 
     @cached_property
     def zoo(self) -> tuple[Zoo, Zoo]:
-        """Training runs and held-out runs."""
+        """Training runs and held-out runs on disk."""
         return Zoo(self.folder.zoo).finished().split_by_run(self.config.harvest.heldout_runs)
+
+    @cached_property
+    def training(self) -> Zoo:
+        """Training runs; while streaming the first of them, trained again."""
+        settings = self.config.harvest
+        return self.zoo[0] if settings.mode == "disk" else self._again(range(settings.runs))
+
+    @cached_property
+    def heldout(self) -> Zoo:
+        """Runs that the generator never sees; while streaming they are trained for the occasion."""
+        settings = self.config.harvest
+        runs = range(settings.runs, settings.runs + settings.heldout_runs)
+        return self.zoo[1] if settings.mode == "disk" else self._again(runs)
+
+    def _again(self, runs: range) -> Zoo:
+        """These runs in memory."""
+        config = self.config
+        total = len(runs) * config.task.steps
+        groups = plan_groups(config.task, config.harvest, config.seed, runs)
+        with self.reporter.stage("again", total, "steps") as advance:
+            found = list(make_backend(self.task, config.harvest).run(groups, advance))
+        columns = {name: [value for part in found for value in part.values(name)] for name in found[0].columns}
+        return Zoo.of(self.task.spec, columns, torch.cat([part.weights for part in found])).finished()
 
     @cached_property
     def generator(self) -> Generator:

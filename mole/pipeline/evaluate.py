@@ -9,7 +9,7 @@ from mole.pipeline.current import Result, Run
 
 def evaluate(current: Run) -> Result:
     """Judge the generator on held-out runs and test images, beside baselines and null models."""
-    training, heldout = current.zoo
+    training, heldout = current.training, current.heldout
     generator, seed = current.generator, current.config.seed
 
     def draw(starts: torch.Tensor, target_loss: torch.Tensor, evaluations: int) -> tuple[torch.Tensor, int]:

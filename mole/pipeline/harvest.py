@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from mole.checkpoints import Header, Zoo, ZooWriter
+from mole.checkpoints.backends import make_backend
 from mole.checkpoints.format import read_header, shards
-from mole.checkpoints.groups import SEEDS_PER_CONFIG, Group, plan_groups, run_name, train_group
+from mole.checkpoints.groups import SEEDS_PER_CONFIG, Group, plan_groups, run_name
 from mole.diffusion.generator import versions
 from mole.errors import MoleError
 from mole.files import remove
@@ -13,7 +14,13 @@ from mole.pipeline.current import Result, Run
 
 
 def harvest(current: Run) -> Result:
-    """Train a population in groups; each group is a shard that counts once it is whole."""
+    """Train a population in groups; each group is a shard that counts once it is whole.
+
+    While streaming there is nothing to do: populations train beside the generator.
+    """
+    if current.config.harvest.mode == "stream":
+        remove(current.folder.zoo)
+        return [], {"harvest": {"mode": "stream", "runs": 0, "checkpoints": 0}, "split": _split(current)}
     config, folder = current.config, current.folder.zoo
     settings, header = config.harvest, _header(current)
     total = settings.runs + settings.heldout_runs
@@ -63,31 +70,29 @@ def _empty_unless_same(folder: Path, header: Header) -> None:
 
 def _fill(current: Run, writer: ZooWriter, groups: list[Group]) -> None:
     """Train the groups that are not in the zoo yet."""
-    config, task, done = current.config, current.task, 0
-    total = sum(len(group.runs) * group.config.steps for group in groups)
+    task = current.task
+    missing = [group for group in groups if not writer.has(group.name, [run_name(run) for run in group.runs])]
+    total, left = (sum(len(g.runs) * g.config.steps for g in part) for part in (groups, missing))
     with current.reporter.stage("harvest", total, "steps") as advance:
-        for group in groups:
-            base = done
-
-            def progress(steps_done: int, base: int = base) -> None:
-                advance(base + steps_done)
-
-            if not writer.has(group.name, [run_name(run) for run in group.runs]):
-                found = train_group(task, group, config.harvest, progress)
-                spec = task.with_config(group.config).spec
-                writer.write(group.name, spec, found.weights, found.columns, seconds=found.seconds)
-            done += len(group.runs) * group.config.steps
-            advance(done)
+        advance(total - left)
+        backend = make_backend(task, current.config.harvest)
+        for found in backend.run(missing, lambda done: advance(total - left + done)):
+            spec = task.with_config(found.group.config).spec
+            writer.write(found.group.name, spec, found.weights, found.columns, seconds=found.seconds)
 
 
 def _report(current: Run, zoo: Zoo, seconds: float) -> dict[str, Any]:
     training, heldout = current.zoo
-    task = current.task
     harvested = {
-        "runs": zoo.runs, "diverged_runs": zoo.runs - training.runs - heldout.runs, "checkpoints": len(zoo),
+        "mode": "disk", "runs": zoo.runs, "diverged_runs": zoo.runs - training.runs - heldout.runs,
+        "checkpoints": len(zoo),
         "parameters": sorted(spec.size for spec in zoo.layouts.values()), "seconds": seconds,
         "checkpoints_per_second": len(zoo) / max(seconds, 1e-9), "prompt_loss_best": float(training.loss.min()),
         "digest": zoo.digest,
     }  # fmt: skip
-    split = {"train_runs": training.runs, "heldout_runs": heldout.runs, **task.sizes}
-    return {"harvest": harvested, "split": split}
+    return {"harvest": harvested, "split": _split(current)}
+
+
+def _split(current: Run) -> dict[str, int]:
+    settings = current.config.harvest
+    return {"train_runs": settings.runs, "heldout_runs": settings.heldout_runs, **current.task.sizes}

@@ -7,7 +7,7 @@ from mole.pipeline.current import Result, Run
 def sample(current: Run) -> Result:
     """Generate networks from held-out starts, one file each, each with its record in the ledger."""
     settings, folder = current.config.sample, current.folder
-    _, heldout = current.zoo
+    heldout = current.heldout
     first = heldout.first[: settings.networks]
     starts = heldout.read(first)
     with current.reporter.stage("sample", settings.networks, "networks") as advance:

@@ -1,6 +1,10 @@
 """Stage 2: train the generator."""
 
+from typing import Any
+
+from mole.checkpoints.stream import Reservoir
 from mole.diffusion.generator import versions
+from mole.diffusion.pairs import PairSource, StreamPairs, ZooPairs
 from mole.pipeline.current import Result, Run
 from mole.stages import fingerprint
 
@@ -10,31 +14,49 @@ def train(current: Run) -> Result:
     from mole.diffusion.training import Data, train_generator  # Lightning takes seconds to import
 
     config, folder = current.config, current.folder
-    training, heldout = current.zoo
+    stream: list[Reservoir] = []
+    recipe = {name: getattr(config, name).model_dump(mode="json") for name in ("task", "harvest")}
+    streamed = {"activity": "harvest", "recipe": {"seed": config.seed, **recipe}, "versions": versions()}
     resumed_from = 0
+
+    def record(group: dict[str, Any]) -> None:
+        current.ledger.append([{"kind": "entity", "type": "streamed group", **group, "wasGeneratedBy": streamed}])
+
+    def source(first: int) -> PairSource:
+        if config.harvest.mode == "disk":
+            return ZooPairs(current.training)
+        stream.append(Reservoir(current.task, config.harvest, config.seed, first=first, record=record))
+        return StreamPairs(stream[0])
 
     def on_resume(step: int) -> None:
         nonlocal resumed_from
         resumed_from = step
         current.metrics.rewind("train", step)
 
-    with current.reporter.stage("train", config.train.steps, "steps") as advance:
-        generator, seconds, before = train_generator(
-            config,
-            Data(current.classifier(current.device), training, heldout),
-            folder.training_state,
-            identity=fingerprint(config, folder, "train"),
-            device=current.device,
-            progress=advance,
-            log=lambda step, values: current.log("train", step, dict(values)),
-            on_resume=on_resume,
-        )
+    data = Data(current.classifier(current.device), source, current.heldout)
+    try:
+        with current.reporter.stage("train", config.train.steps, "steps") as advance:
+            generator, seconds, before = train_generator(
+                config,
+                data,
+                folder.training_state,
+                identity=fingerprint(config, folder, "train"),
+                device=current.device,
+                progress=advance,
+                log=lambda step, values: current.log("train", step, dict(values)),
+                on_resume=on_resume,
+            )
+    finally:
+        for reservoir in stream:
+            reservoir.close()
     generator = generator.save(folder.generator)
+    flows = [reservoir.flow for reservoir in stream]
     current.ledger.append(
         [
             {
                 "kind": "entity", "type": "generator", "digest": generator.digest,
-                "wasDerivedFrom": {"zoo": training.digest}, "config": generator.card.denoiser.model_dump(mode="json"),
+                "wasDerivedFrom": {"zoo": generator.card.zoo},
+                "config": generator.card.denoiser.model_dump(mode="json"),
                 "wasGeneratedBy": {
                     "activity": "train", "settings": config.train.model_dump(mode="json"), "seed": config.seed,
                     "versions": versions(),
@@ -47,5 +69,10 @@ def train(current: Run) -> Result:
         "seconds": seconds, "steps_per_second": config.train.steps / max(seconds, 1e-9),
         "resumed_from_step": resumed_from, "digest": generator.digest,
     }  # fmt: skip
+    for flow in flows:
+        report["stream"] = {
+            "runs": flow.runs, "diverged_runs": flow.diverged, "checkpoints": flow.checkpoints,
+            "checkpoints_per_second": flow.rate, "reads_per_checkpoint": flow.reuse, "waited_seconds": flow.waited,
+        }  # fmt: skip
     outputs = [folder.generator / name for name in ("config.json", "model.safetensors")]
     return outputs, {"train": report, "seconds_before": before}

@@ -90,13 +90,14 @@ def train(
     """Train; `stop_at` interrupts as Ctrl-C does. Returns the weights and the steps logged."""
     logged: list[int] = []
 
-    def progress(step: int) -> None:
-        if stop_at and step == stop_at:
+    def progress(done: int, note: str = "") -> None:
+        if stop_at and done == stop_at:
             raise KeyboardInterrupt
 
+    training, heldout = zoo.split_by_run(2)
     generator, _, _ = train_generator(
-        config, Data(toy, *zoo.split_by_run(2)), state, identity="me", device=CPU,
-        progress=progress, log=lambda step, _: logged.append(step),
+        config, Data(toy, lambda _: ZooPairs(training), heldout), state, identity="me", device=CPU, progress=progress,
+        log=lambda step, _: logged.append(step),
     )  # fmt: skip
     return generator.denoiser.state_dict(), logged
 

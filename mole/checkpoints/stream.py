@@ -1,0 +1,177 @@
+"""Populations in transit: runs are drawn from while others train, and no zoo is written.
+
+Dimensions: K kept states of a run, P parameters.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mole.checkpoints.backends import Background, make_backend
+from mole.checkpoints.groups import Group, Harvested, plan_groups
+from mole.config import HarvestConfig
+from mole.errors import MoleError
+from mole.tasks import Task
+
+
+@dataclass
+class LiveRun:
+    """One run in the reservoir."""
+
+    weights: Tensor
+    """(K, P)."""
+    loss: Tensor
+    """(K,)."""
+    uses: list[int]
+    """Times that each state has been read."""
+
+
+@dataclass
+class Flow:
+    """What has come through a reservoir."""
+
+    began: float = field(default_factory=time.monotonic)
+    runs: int = 0
+    checkpoints: int = 0
+    diverged: int = 0
+    reads: int = 0
+    waited: float = 0.0
+    """Seconds that the reader had to wait."""
+    low: float = float("inf")
+    """Lowest and highest loss."""
+    high: float = -float("inf")
+    digests: list[str] = field(default_factory=list)
+    """Of every group."""
+
+    @property
+    def reuse(self) -> float:
+        """Reads per checkpoint so far."""
+        return self.reads / max(1, self.checkpoints)
+
+    @property
+    def rate(self) -> float:
+        """Fresh checkpoints per second so far."""
+        return self.checkpoints / max(1e-9, time.monotonic() - self.began)
+
+    def note(self) -> str:
+        """What a person watches."""
+        return f"{self.rate:,.0f} fresh checkpoints/s, each read {self.reuse:.1f} times"
+
+
+class Reservoir:
+    """A bounded number of runs; each of their states is read at most `reuse` times.
+
+    It fills from a thread that trains populations. That thread waits while the reservoir is full, and a
+    reader waits while fewer than `floor` runs are left.
+
+    Args:
+        task: the whole task.
+        harvest: the configuration's section.
+        seed: of the configuration.
+        first: number of the first batch of runs: those before it have been read already.
+        record: told of every group before one of its runs is read: its runs, seeds, factors and digest,
+            enough to train it again, bit for bit on the same machine.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        harvest: HarvestConfig,
+        seed: int,
+        *,
+        first: int = 0,
+        record: Callable[[dict[str, Any]], None] = lambda group: None,
+    ) -> None:
+        self.task, self.harvest, self.record = task, harvest, record
+        self.runs: list[LiveRun] = []
+        self.flow = Flow()
+        self.floor = min(harvest.group_size, harvest.reservoir // 2)
+        self.batches = _Batches(task, harvest, seed, first)
+        self.source = Background(make_backend(task, harvest), self.batches)
+        try:
+            self._refill()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def next_batch(self) -> int:
+        """Where a training that is resumed goes on: no run of these batches has been read."""
+        return self.batches.number + 1
+
+    def choose(self, generator: torch.Generator, count: int) -> list[LiveRun]:
+        """Random runs, more of them if there are too few."""
+        self._refill()
+        return [self.runs[i] for i in torch.randint(len(self.runs), (count,), generator=generator).tolist()]
+
+    def use(self, run: LiveRun, first: int, second: int) -> bool:
+        """Count one read of two states; False, and the run is retired, if one has been read often enough."""
+        reads = {first: 2} if first == second else {first: 1, second: 1}
+        if any(run.uses[state] + more > self.harvest.reuse for state, more in reads.items()):
+            if len(self.runs) > 1:
+                self.runs = [other for other in self.runs if other is not run]
+            else:
+                self.runs = []
+                self._refill()
+            return False
+        for state, more in reads.items():
+            run.uses[state] += more
+        self.flow.reads += 2
+        return True
+
+    def _refill(self) -> None:
+        while len(self.runs) + self.harvest.group_size <= max(self.harvest.reservoir, self.harvest.group_size):
+            needed = len(self.runs) < self.floor or not self.runs
+            began = time.monotonic()
+            found = self.source.take(wait=needed)
+            self.flow.waited += time.monotonic() - began if needed else 0.0
+            if found is None:
+                return
+            self._add(found)
+
+    def _add(self, found: Harvested) -> None:
+        spec = self.task.with_config(found.group.config).spec
+        if spec != self.task.spec:
+            raise MoleError("harvest.vary: networks of several widths or depths cannot be streamed to one generator")
+        loss, names = found.columns["loss"], found.columns["run"]
+        diverged = found.columns["diverged"]
+        starts = [i for i in range(len(names)) if i == 0 or names[i] != names[i - 1]]
+        for low, high in zip(starts, [*starts[1:], len(names)], strict=True):
+            if not diverged[low] and bool(loss[low:high].isfinite().all()):
+                weights = found.weights[low:high].clone()  # not a view, which would keep its whole group in memory
+                self.runs.append(LiveRun(weights, loss[low:high], [0] * (high - low)))
+                self.flow.runs += 1
+                self.flow.checkpoints += high - low
+                self.flow.low = min(self.flow.low, float(loss[low:high].min()))
+                self.flow.high = max(self.flow.high, float(loss[low:high].max()))
+        self.flow.diverged += found.diverged
+        group = found.group
+        self.flow.digests.append(found.digest)
+        self.record({"runs": group.runs, "seeds": group.seeds, "factors": group.factors, "digest": found.digest})
+        if not self.runs and found.diverged == len(group.runs):
+            raise MoleError("every run of a group diverged; lower task.learning_rate")
+
+    def close(self) -> None:
+        """Stop training populations."""
+        self.source.stop()
+
+
+class _Batches:
+    """Groups without end, held-out runs left out."""
+
+    def __init__(self, task: Task, harvest: HarvestConfig, seed: int, first: int) -> None:
+        self.task, self.harvest, self.seed, self.number = task, harvest, seed, first
+
+    def __iter__(self) -> Iterator[Group]:
+        size, heldout = self.harvest.group_size, self.harvest.heldout_runs
+        while True:
+            low = self.number * size
+            numbers = [run if run < self.harvest.runs else run + heldout for run in range(low, low + size)]
+            if numbers[-1] >= 2**20:
+                raise MoleError("harvest: all 1,048,576 runs of this seed have been streamed; choose another seed")
+            yield from plan_groups(self.task.config, self.harvest, self.seed, numbers)
+            self.number += 1
