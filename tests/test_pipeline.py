@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -156,6 +157,53 @@ def test_files_of_others_are_left_alone(tiny_run: Path, tmp_path: Path) -> None:
     assert json.loads((folder / "report.json").read_text())["rank"]["candidates"] == 2
 
 
+STREAM = ("configs/tiny.yaml", "--harvest.mode", "stream", "--train.batch_size", "64", "--harvest.reuse", "4")
+
+
+def test_in_transit_no_zoo_is_written_and_every_group_is_recorded_before_it_is_read(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)  # its zoo goes when the mode changes
+    killed = run_command("train", *STREAM, "--out", str(folder), code=KILL)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    before = [r for r in Ledger(folder / "provenance" / "ledger.jsonl").records if r["type"] == "streamed group"]
+    done = run_command(*STREAM, "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "zoo").exists() and not list(folder.rglob("*.parquet"))
+    report = json.loads((folder / "report.json").read_text())
+    stream = report["train"]["stream"]
+    assert report["train"]["resumed_from_step"] == 40 and 0 < stream["reads_per_checkpoint"] <= 4
+    assert report["one_pass"]["trained_accuracy_mean"] > 0.8 and "in transit" in done.stdout
+    after = [r for r in Ledger(folder / "provenance" / "ledger.jsonl").records if r["type"] == "streamed group"]
+    assert len(after) > len(before) > 0 and stream["runs"] == sum(len(r["runs"]) for r in after[len(before) :])
+    runs = [run for record in after for run in record["runs"]]
+    assert len(runs) == len(set(runs)) and not set(runs) & set(range(48, 64))  # none twice, none held out
+    assert after[0]["wasGeneratedBy"]["recipe"]["task"]["name"] == "digits"
+    again = run_command(*STREAM, "--out", str(folder))
+    assert again.stdout.count("skipped") == 5
+
+
+def test_varied_runs_are_harvested_with_their_factors_and_refused_by_the_generator(tmp_path: Path) -> None:
+    done = run_command(
+        "configs/tiny.yaml", "--out", str(tmp_path), "--harvest.vary.width", "[4, 8]", "--harvest.keep", "loss",
+        "--harvest.vary.optimizer", "[adam, sgd]", "--harvest.dtype", "float16",
+    )  # fmt: skip
+    assert done.returncode == 1 and "networks of 2 layouts (0.weight is (" in done.stderr
+    assert "filter by a factor first" in done.stderr and "Traceback" not in done.stderr
+    zoo = mole.Zoo(tmp_path / "zoo")
+    assert zoo.runs == 64 and set(zoo.column("width")) == {4, 8} and set(zoo.column("optimizer")) == {"adam", "sgd"}
+    assert zoo.header.dtype == "float16" and zoo.filter(width=8).spec.size == 610
+
+
+def test_tasks_that_generators_cannot_learn_yet_say_so(tmp_path: Path) -> None:
+    done = run_command("--task.name", "cartpole", "--task.steps", "16", "--harvest.runs", "2", "--harvest.heldout_runs",
+                       "1", "--harvest.checkpoints", "2", "--sample.networks", "1", "--evaluate.starts", "1",
+                       "--tracking.mode", "disabled", "--out", str(tmp_path))  # fmt: skip
+    assert done.returncode == 1 and "cartpole can be harvested, but generators learn classifiers only" in done.stderr
+    assert mole.Zoo(tmp_path / "zoo").columns[-2:] == ["loss", "return"]
+
+
 def test_the_smallest_legal_run(tmp_path: Path) -> None:
     ones = {
         "task.width": 1, "task.steps": 1, "harvest.runs": 2, "harvest.heldout_runs": 1, "harvest.checkpoints": 2,
@@ -282,12 +330,16 @@ def test_every_config_runs_for_two_steps(path: Path, tmp_path: Path, monkeypatch
     monkeypatch.setenv("MOLE_DATA", str(tmp_path))
     monkeypatch.setattr("mole.evaluation.judge.REFERENCES", 2)
     write_npz(tmp_path / "mnist.npz")
+    write_npz(tmp_path / "cifar10.npz", shape=(32, 32, 3))
+    only = re.search(r"--only (\S+)", path.read_text())
     small = {
         "task.steps": 2, "harvest.runs": 20, "harvest.heldout_runs": 2, "harvest.checkpoints": 3, "train.steps": 2,
         "train.batch_size": 4, "sample.networks": 2, "evaluate.starts": 2, "evaluate.prompts": 2,
         "evaluate.optimizer_steps": 2, "tracking.mode": "disabled",
     }  # fmt: skip
     arguments = [part for key, value in small.items() for part in (f"--{key}", str(value))]
+    arguments += ["--only", only[1]] if only else []
     request = parse([str(path), *arguments, "--out", str(tmp_path / "run")])
     report = run(request.config, request.out, request.stages, LineReporter(), began=0.0)
-    assert report["train"]["steps"] == 2 and report["rank"]["candidates"] == 2
+    assert report["harvest"]["runs"] == 22 and report["harvest"]["diverged_runs"] == 0
+    assert only or (report["train"]["steps"] == 2 and report["rank"]["candidates"] == 2)

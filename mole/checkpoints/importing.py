@@ -14,9 +14,8 @@ from mole.checkpoints.buffer import Buffer
 from mole.checkpoints.foreign import Found, UnusableError
 from mole.checkpoints.format import Dtype, Header, read_header, read_layouts
 from mole.checkpoints.writer import ZooWriter
-from mole.checkpoints.zoo import differences
 from mole.errors import MoleError
-from mole.representations import WeightSpec
+from mole.representations import WeightSpec, differences
 
 METRICS = ("eval_loss", "val_loss", "val/loss", "valid_loss", "avg_test_loss", "test_loss", "loss", "train_loss")
 """Of the metrics that the first checkpoint has, the first of these is the one to be conditioned on."""

@@ -57,6 +57,13 @@ class Flow:
         """Fresh checkpoints per second so far."""
         return self.checkpoints / max(1e-9, time.monotonic() - self.began)
 
+    def report(self) -> dict[str, float | int]:
+        """The numbers for `report.json`."""
+        return {
+            "runs": self.runs, "diverged_runs": self.diverged, "checkpoints": self.checkpoints,
+            "checkpoints_per_second": self.rate, "reads_per_checkpoint": self.reuse, "waited_seconds": self.waited,
+        }  # fmt: skip
+
     def note(self) -> str:
         """What a person watches."""
         return f"{self.rate:,.0f} fresh checkpoints/s, each read {self.reuse:.1f} times"

@@ -3,44 +3,22 @@
 Dimensions: R runs, n checkpoints, P parameters.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mole.checkpoints.format import (
-    INDEX_KEYS,
-    Dtype,
-    Header,
-    ShardFiles,
-    read_header,
-    read_layouts,
-    shards,
-    weights_shape,
-)
-from mole.errors import CorruptFileError, MoleError
+from mole.checkpoints.format import INDEX_KEYS, Header, read_header, read_layouts, shards
+from mole.checkpoints.sources import MemorySource, ShardSource, Source, read_indexes
+from mole.errors import MoleError
 from mole.files import value_digest
-from mole.representations import WeightSpec, weights_digest
-
-OPEN_SHARDS = 256
-"""Shards that stay mapped; the kernel keeps the bytes, this keeps the handles."""
-
-
-class Source(Protocol):
-    """Where the weights of checkpoints are; rows are numbered as in the index."""
-
-    def read(self, rows: Tensor) -> Tensor:
-        """Weights (n, P) float32 of the checkpoints at `rows` (n,)."""
-        ...
+from mole.representations import WeightSpec, differences, weights_digest
 
 
 @dataclass(frozen=True)
@@ -82,8 +60,11 @@ class Zoo:
         header, layouts, files = read_header(folder), read_layouts(folder), shards(folder)
         if not files:
             raise MoleError(f"{folder}: no finished shard; run the harvest stage, or whatever fills this zoo")
-        tables, sizes = _tables(files, header.dtype, layouts)
-        index = pa.concat_tables(tables, promote_options="permissive")
+        tables, sizes = read_indexes(files, header.dtype, layouts)
+        try:
+            index = pa.concat_tables(tables, promote_options="permissive")
+        except pa.ArrowTypeError as error:
+            raise MoleError(f"{folder}: a column holds numbers in one shard and texts in another ({error})") from None
         source = ShardSource(files, sizes, header.dtype)
         self.digest = value_digest(sorted(index["digest"].unique().to_pylist()))
         """Identity of the zoo: of all its shards, also where only a part of them was chosen."""
@@ -263,89 +244,12 @@ class Zoo:
 
     def __repr__(self) -> str:
         sizes = " or ".join(sorted({f"{spec.size:,}" for spec in self.layouts.values()}))
-        low, high = np.nanmin(self.loss.numpy()), np.nanmax(self.loss.numpy())
+        known = self.loss[self.loss.isfinite()]
+        losses = f"{float(known.min()):.4g} to {float(known.max()):.4g}" if len(known) else "unknown"
         return (
             f"Zoo({self.name}: {self.runs:,} runs, {len(self):,} checkpoints of {sizes} parameters, "
-            f"{self.header.dtype}, {self.metric} {low:.4g} to {high:.4g}; columns {', '.join(self.columns)})"
+            f"{self.header.dtype}, {self.metric} {losses}; columns {', '.join(self.columns)})"
         )
-
-
-class MemorySource:
-    """Weights (n, P) in memory."""
-
-    def __init__(self, weights: Tensor) -> None:
-        self.weights = weights
-
-    def read(self, rows: Tensor) -> Tensor:
-        return self.weights.index_select(0, rows)
-
-
-class ShardSource:
-    """Weights in the shards of a zoo, mapped into memory when they are first read."""
-
-    def __init__(self, files: list[ShardFiles], sizes: list[int], dtype: Dtype) -> None:
-        self.files = files
-        self.dtype: Dtype = dtype
-        self.ends = torch.tensor(sizes).cumsum(0)
-        self.open: OrderedDict[int, Tensor] = OrderedDict()
-
-    def read(self, rows: Tensor) -> Tensor:
-        if len(self.files) == 1:
-            return self._shard(0).index_select(0, rows).float()
-        shard = torch.searchsorted(self.ends, rows, right=True)
-        inside = rows - torch.cat([torch.zeros(1, dtype=torch.int64), self.ends])[shard]
-        numbers = shard.unique().tolist()
-        if len(numbers) == 1:
-            return self._shard(numbers[0]).index_select(0, inside).float()
-        out = torch.empty(len(rows), self._shard(numbers[0]).shape[1])
-        for number in numbers:
-            here = (shard == number).nonzero()[:, 0]
-            out.index_copy_(0, here, self._shard(number).index_select(0, inside[here]).float())
-        return out
-
-    def _shard(self, number: int) -> Tensor:
-        """Weights (n, P) of a shard, mapped: only what is read is loaded."""
-        if number in self.open:
-            self.open.move_to_end(number)
-            return self.open[number]
-        path = self.files[number].weights
-        weights_shape(path, self.dtype)  # a file cut off since the zoo was opened is said, not a bus error
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor = file.get_tensor("weights")
-        except (SafetensorError, OSError) as error:
-            raise CorruptFileError(f"{path}: {error}") from None
-        self.open[number] = tensor
-        if len(self.open) > OPEN_SHARDS:
-            self.open.popitem(last=False)
-        return tensor
-
-
-def _tables(files: list[ShardFiles], dtype: Dtype, layouts: dict[str, WeightSpec]) -> tuple[list[pa.Table], list[int]]:
-    """The index of every shard and its rows, checked against its weights' header."""
-    tables, sizes, faults = [], [], []
-    for shard in files:
-        try:
-            table = pq.read_table(shard.index, read_dictionary=["run", "layout", "digest"])
-            rows, size = weights_shape(shard.weights, dtype)
-            missing = set(INDEX_KEYS) - set(table.column_names)
-            unknown = missing or set(table["layout"].unique().to_pylist()) - layouts.keys()
-            sizes_found = set() if unknown else {layouts[key].size for key in table["layout"].unique().to_pylist()}
-            if unknown or len(table) != rows or sizes_found != {size}:
-                raise CorruptFileError(
-                    f"{shard.index}: {len(table)} checkpoints of {sorted(sizes_found)} parameters, but "
-                    f"{shard.weights.name} holds {rows} of {size}" + (f"; unknown {sorted(unknown)}" if unknown else "")
-                )
-        except CorruptFileError as error:
-            faults.append(str(error))
-        except (pa.ArrowException, OSError, KeyError) as error:
-            faults.append(f"{shard.index}: truncated or altered ({' '.join(str(error).split())[:200]})")
-        else:
-            tables.append(table)
-            sizes.append(rows)
-    if faults:
-        raise CorruptFileError("; ".join(faults) + "; make those shards again")
-    return tables, sizes
 
 
 def _codes(index: pa.Table, name: str) -> np.ndarray:
@@ -368,15 +272,3 @@ def _in_order(codes: np.ndarray, steps: np.ndarray) -> bool:
 
 def _same(value: Any, want: Any) -> bool:
     return (value.tolist() if isinstance(value, np.ndarray) else value) == want
-
-
-def differences(one: WeightSpec, other: WeightSpec) -> str | None:
-    """The first tensor that differs between two layouts, with both shapes; None if there is none."""
-    first, second = ({e.name: (e.shape, e.dtype) for e in spec.entries} for spec in (one, other))
-    for name in [*first, *second]:
-        if first.get(name) != second.get(name):
-            shapes = [found[0] if found else "absent" for found in (first.get(name), second.get(name))]
-            dtypes = [found[1] if found else "" for found in (first.get(name), second.get(name))]
-            kinds = f" ({dtypes[0]} and {dtypes[1]})" if shapes[0] == shapes[1] else ""
-            return f"{name} is {shapes[0]} and {shapes[1]}{kinds}"
-    return None

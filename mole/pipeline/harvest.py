@@ -86,7 +86,7 @@ def _report(current: Run, zoo: Zoo, seconds: float) -> dict[str, Any]:
     harvested = {
         "mode": "disk", "runs": zoo.runs, "diverged_runs": zoo.runs - training.runs - heldout.runs,
         "checkpoints": len(zoo),
-        "parameters": sorted(spec.size for spec in zoo.layouts.values()), "seconds": seconds,
+        "parameters": max(spec.size for spec in zoo.layouts.values()), "seconds": seconds,
         "checkpoints_per_second": len(zoo) / max(seconds, 1e-9), "prompt_loss_best": float(training.loss.min()),
         "digest": zoo.digest,
     }  # fmt: skip

@@ -3,7 +3,7 @@
 from typing import Any
 
 from mole.checkpoints.stream import Reservoir
-from mole.diffusion.generator import versions
+from mole.diffusion.generator import Generator, versions
 from mole.diffusion.pairs import PairSource, StreamPairs, ZooPairs
 from mole.pipeline.current import Result, Run
 from mole.stages import fingerprint
@@ -50,29 +50,24 @@ def train(current: Run) -> Result:
         for reservoir in stream:
             reservoir.close()
     generator = generator.save(folder.generator)
-    flows = [reservoir.flow for reservoir in stream]
-    current.ledger.append(
-        [
-            {
-                "kind": "entity", "type": "generator", "digest": generator.digest,
-                "wasDerivedFrom": {"zoo": generator.card.zoo},
-                "config": generator.card.denoiser.model_dump(mode="json"),
-                "wasGeneratedBy": {
-                    "activity": "train", "settings": config.train.model_dump(mode="json"), "seed": config.seed,
-                    "versions": versions(),
-                },
-            }
-        ]
-    )  # fmt: skip
+    current.ledger.append([_record(current, generator)])
     report = {
         "parameters": sum(p.numel() for p in generator.denoiser.parameters()), "steps": config.train.steps,
         "seconds": seconds, "steps_per_second": config.train.steps / max(seconds, 1e-9),
         "resumed_from_step": resumed_from, "digest": generator.digest,
     }  # fmt: skip
-    for flow in flows:
-        report["stream"] = {
-            "runs": flow.runs, "diverged_runs": flow.diverged, "checkpoints": flow.checkpoints,
-            "checkpoints_per_second": flow.rate, "reads_per_checkpoint": flow.reuse, "waited_seconds": flow.waited,
-        }  # fmt: skip
+    for reservoir in stream:
+        report["stream"] = reservoir.flow.report()
     outputs = [folder.generator / name for name in ("config.json", "model.safetensors")]
     return outputs, {"train": report, "seconds_before": before}
+
+
+def _record(current: Run, generator: Generator) -> dict[str, Any]:
+    """What the ledger says of a generator."""
+    settings = current.config.train.model_dump(mode="json")
+    made = {"activity": "train", "settings": settings, "seed": current.config.seed, "versions": versions()}
+    return {
+        "kind": "entity", "type": "generator", "digest": generator.digest,
+        "wasDerivedFrom": {"zoo": generator.card.zoo}, "config": generator.card.denoiser.model_dump(mode="json"),
+        "wasGeneratedBy": made,
+    }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from mole.representations.neurons import NeuronView
 from mole.representations.normalise import EntryScale
-from mole.representations.spec import Entry, WeightSpec, weights_digest
+from mole.representations.spec import Entry, WeightSpec, differences, weights_digest
 from mole.representations.symmetry import SymmetryError, check_groups, derive_groups
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "WeightSpec",
     "check_groups",
     "derive_groups",
+    "differences",
     "weights_digest",
 ]

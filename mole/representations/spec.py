@@ -178,3 +178,15 @@ class WeightSpec:
             entries.append(Entry(item["name"], shape, offset, axes, DTYPES[item["dtype"]]))
             offset = entries[-1].stop
         return cls(tuple(entries))
+
+
+def differences(one: WeightSpec, other: WeightSpec) -> str | None:
+    """The first tensor that differs between two layouts, with both shapes; None if there is none."""
+    first, second = ({e.name: (e.shape, e.dtype) for e in spec.entries} for spec in (one, other))
+    for name in [*first, *second]:
+        if first.get(name) != second.get(name):
+            shapes = [found[0] if found else "absent" for found in (first.get(name), second.get(name))]
+            dtypes = [found[1] if found else "" for found in (first.get(name), second.get(name))]
+            kinds = f" ({dtypes[0]} and {dtypes[1]})" if shapes[0] == shapes[1] else ""
+            return f"{name} is {shapes[0]} and {shapes[1]}{kinds}"
+    return None

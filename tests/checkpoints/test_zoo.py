@@ -345,6 +345,18 @@ def test_hostile_headers_are_refused_before_they_are_believed(tmp_path: Path, to
         Zoo(tmp_path)
 
 
+def test_a_zoo_without_a_metric_and_columns_that_contradict(tmp_path: Path, toy: Classification) -> None:
+    with ZooWriter(tmp_path, HEADER, "a") as writer:
+        writer.write("a-0", toy.spec, torch.ones(1, 39), {"run": ["x"], "step": [0], "loss": [None], "tag": ["b"]})
+    assert "loss unknown" in repr(Zoo(tmp_path))
+    with pytest.raises(MoleError, match="every run diverged, or has no loss"):
+        Zoo(tmp_path).finished()
+    with ZooWriter(tmp_path, HEADER, "b") as writer:
+        writer.write("b-0", toy.spec, torch.ones(1, 39), {"run": ["y"], "step": [0], "loss": [1.0], "tag": [7]})
+    with pytest.raises(MoleError, match="a column holds numbers in one shard and texts in another"):
+        Zoo(tmp_path)
+
+
 def test_an_unfinished_shard_is_invisible_also_to_others(tmp_path: Path, toy: Classification) -> None:
     write(tmp_path, toy)
     ShardFiles(tmp_path, "me-1").index.unlink()  # killed before the last of the three files

@@ -1,0 +1,108 @@
+"""Where the weights and the index of a zoo come from: its shards, or memory.
+
+Dimensions: n checkpoints, P parameters.
+"""
+
+from collections import OrderedDict
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mole.checkpoints.format import INDEX_KEYS, Dtype, ShardFiles, weights_shape
+from mole.errors import CorruptFileError
+from mole.representations import WeightSpec
+
+OPEN_SHARDS = 256
+"""Shards that stay mapped; the kernel keeps the bytes, this keeps the handles."""
+
+
+class Source(Protocol):
+    """Where the weights of checkpoints are; rows are numbered as in the index."""
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Weights (n, P) float32 of the checkpoints at `rows` (n,)."""
+        ...
+
+
+class MemorySource:
+    """Weights (n, P) in memory."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+
+    def read(self, rows: Tensor) -> Tensor:
+        return self.weights.index_select(0, rows)
+
+
+class ShardSource:
+    """Weights in the shards of a zoo, mapped into memory when they are first read."""
+
+    def __init__(self, files: list[ShardFiles], sizes: list[int], dtype: Dtype) -> None:
+        self.files = files
+        self.dtype: Dtype = dtype
+        self.ends = torch.tensor(sizes).cumsum(0)
+        self.open: OrderedDict[int, Tensor] = OrderedDict()
+
+    def read(self, rows: Tensor) -> Tensor:
+        if len(self.files) == 1:
+            return self._shard(0).index_select(0, rows).float()
+        shard = torch.searchsorted(self.ends, rows, right=True)
+        inside = rows - torch.cat([torch.zeros(1, dtype=torch.int64), self.ends])[shard]
+        numbers = shard.unique().tolist()
+        if len(numbers) == 1:
+            return self._shard(numbers[0]).index_select(0, inside).float()
+        out = torch.empty(len(rows), self._shard(numbers[0]).shape[1])
+        for number in numbers:
+            here = (shard == number).nonzero()[:, 0]
+            out.index_copy_(0, here, self._shard(number).index_select(0, inside[here]).float())
+        return out
+
+    def _shard(self, number: int) -> Tensor:
+        """Weights (n, P) of a shard, mapped: only what is read is loaded."""
+        if number in self.open:
+            self.open.move_to_end(number)
+            return self.open[number]
+        path = self.files[number].weights
+        weights_shape(path, self.dtype)  # a file cut off since the zoo was opened is said, not a bus error
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor = file.get_tensor("weights")
+        except (SafetensorError, OSError) as error:
+            raise CorruptFileError(f"{path}: {error}") from None
+        self.open[number] = tensor
+        if len(self.open) > OPEN_SHARDS:
+            self.open.popitem(last=False)
+        return tensor
+
+
+def read_indexes(
+    files: list[ShardFiles], dtype: Dtype, layouts: dict[str, WeightSpec]
+) -> tuple[list[pa.Table], list[int]]:
+    """The index of every shard and its rows, checked against its weights' header."""
+    tables, sizes, faults = [], [], []
+    for shard in files:
+        try:
+            table = pq.read_table(shard.index, read_dictionary=["run", "layout", "digest"])
+            rows, size = weights_shape(shard.weights, dtype)
+            missing = set(INDEX_KEYS) - set(table.column_names)
+            unknown = missing or set(table["layout"].unique().to_pylist()) - layouts.keys()
+            sizes_found = set() if unknown else {layouts[key].size for key in table["layout"].unique().to_pylist()}
+            if unknown or len(table) != rows or sizes_found != {size}:
+                raise CorruptFileError(
+                    f"{shard.index}: {len(table)} checkpoints of {sorted(sizes_found)} parameters, but "
+                    f"{shard.weights.name} holds {rows} of {size}" + (f"; unknown {sorted(unknown)}" if unknown else "")
+                )
+        except CorruptFileError as error:
+            faults.append(str(error))
+        except (pa.ArrowException, OSError, KeyError) as error:
+            faults.append(f"{shard.index}: truncated or altered ({' '.join(str(error).split())[:200]})")
+        else:
+            tables.append(table)
+            sizes.append(rows)
+    if faults:
+        raise CorruptFileError("; ".join(faults) + "; make those shards again")
+    return tables, sizes
