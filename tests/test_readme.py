@@ -21,16 +21,23 @@ def test_the_two_commands_are_the_ones_that_continuous_integration_runs() -> Non
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("number", range(len([b for b in BLOCKS if b[0] == "python"])))
-def test_python_blocks_run(number: int, tiny_run: Path, tmp_path: Path) -> None:
+PYTHON = [
+    (name, number, text)
+    for name in ("README.md", "docs/harvest.md", "docs/zoo_format.md")
+    for number, text in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize(("name", "number", "text"), PYTHON, ids=[f"{name}-{number}" for name, number, _ in PYTHON])
+def test_python_blocks_run(name: str, number: int, text: str, tiny_run: Path, tmp_path: Path) -> None:
     """In a folder where `runs/digits` is a finished run."""
     (tmp_path / "runs").mkdir()
     shutil.copytree(tiny_run, tmp_path / "runs" / "digits")
-    code = [text for language, text in BLOCKS if language == "python"][number]
-    done = run_command(code=code.replace("target_loss=0.15", "target_loss=0.5"), cwd=tmp_path)
+    done = run_command(code="import mole\n" + text.replace("target_loss=0.15", "target_loss=0.5"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
 def test_links_and_named_files_exist() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
