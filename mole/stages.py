@@ -31,6 +31,25 @@ _SECTIONS: dict[StageName, tuple[str, ...]] = {
 }
 
 
+def unlearnable(config: Config, stages: tuple[StageName, ...]) -> list[str]:
+    """What of a configuration can be harvested, but generators cannot learn; nothing if only a harvest is asked for."""
+    if not {"train", "sample", "evaluate"} & set(stages):
+        return []
+    task, vary = config.task, config.harvest.vary
+    faults = [
+        f"harvest.vary.{name}: generators are not conditioned on what a network is or which labels it knows; legal is "
+        "--only harvest, or to leave it out"
+        for name in ("width", "depth", "activation", "labels")
+        if getattr(vary, name) is not None
+    ]
+    if task.name in ("cartpole", "cifar10") or task.depth != 1:
+        faults.append(
+            f"task: {task.name} with depth {task.depth} can be harvested, but generators learn classifiers with one "
+            "hidden layer only so far; legal is --only harvest, or depth 1 of another task"
+        )
+    return faults
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Where everything of one run lies."""

@@ -43,14 +43,22 @@ class Buffer:
         count = len(self.weights)
         return count >= SHARD_ROWS or count * self.spec.size * 4 >= SHARD_BYTES
 
-    def add(self, row: dict[str, Any], flat: Tensor) -> None:
-        """One more checkpoint: its columns, and its weights (P,), finite."""
+    def add(self, row: dict[str, Any], flat: Tensor) -> bool:
+        """One more checkpoint: its columns, and its weights (P,).
+
+        Returns:
+            Whether it was taken: every weight is a finite number in the zoo's dtype.
+        """
+        stored = self.writer.stored(self.spec, flat.detach().cpu())
+        if not stored.isfinite().all():
+            return False
         count = len(self.weights)
         for name in row.keys() - self.columns.keys():
             self.columns[name] = [None] * count
         for name, values in self.columns.items():
             values.append(row.get(name))
-        self.weights.append(flat)
+        self.weights.append(stored)
+        return True
 
     def update_last(self, values: dict[str, Any]) -> None:
         """Set columns of the checkpoint that came last."""
@@ -61,10 +69,10 @@ class Buffer:
         """Write what has gathered."""
         if self.weights:
             columns = dict(sorted(self.columns.items()))
-            name = f"{self.writer.name}-{self.number:05d}"
-            self.writer.write(name, self.spec, torch.stack(self.weights), columns)
+            name, weights = f"{self.writer.name}-{self.number:05d}", torch.stack(self.weights)
             self.number += 1
-        self._clear()
+            self._clear()  # also if the disk is full: the next shard is not to fail for this one
+            self.writer.write(name, self.spec, weights, columns)
 
     def close(self) -> None:
         """Write what has gathered, and let the name go."""
@@ -78,10 +86,13 @@ class Buffer:
         steps = [step for name, step in self.written() if name == run]
         return max(steps, default=None)
 
-    def written(self) -> set[tuple[str, int]]:
-        """Run and step of every checkpoint that this writer has written before."""
-        found: set[tuple[str, int]] = set()
+    def written(self) -> dict[tuple[str, int], str | None]:
+        """Run and step of every checkpoint that this writer has written before, and its `content`, if it has one."""
+        found: dict[tuple[str, int], str | None] = {}
         for files in self.shards:
-            table = pq.read_table(files.index, columns=["run", "step"])
-            found |= set(zip(table["run"].to_pylist(), table["step"].to_pylist(), strict=True))
+            names = {"run", "step", "content"} & set(pq.read_schema(files.index).names)
+            table = pq.read_table(files.index, columns=sorted(names))
+            keys = zip(table["run"].to_pylist(), table["step"].to_pylist(), strict=True)
+            contents = table["content"].to_pylist() if "content" in names else [None] * len(table)
+            found |= dict(zip(keys, contents, strict=True))
         return found

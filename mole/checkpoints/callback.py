@@ -15,7 +15,7 @@ import lightning as L
 from torch import nn
 
 from mole.checkpoints.buffer import Buffer
-from mole.checkpoints.format import Dtype, Header
+from mole.checkpoints.format import Dtype, Header, column_names
 from mole.checkpoints.writer import ZooWriter
 from mole.errors import MoleError
 from mole.representations import WeightSpec
@@ -28,7 +28,8 @@ class Harvest(L.Callback):
     """Keeps a state of the network every few steps, with the metrics that were last logged, in a zoo.
 
     It works in `lightning` and `pytorch_lightning`; with several devices the first process writes. A training that is
-    resumed from a checkpoint goes on in the same run. Several trainings may write to one zoo at once.
+    resumed from a checkpoint goes on in the same run; steps that it has kept before stay as
+    they were. Several trainings may write to one zoo at once.
 
     Args:
         path: folder of the zoo, which is created if there is none.
@@ -75,6 +76,11 @@ class Harvest(L.Callback):
         self._metric_step: int | None = None
 
     # What Lightning calls
+
+    @property
+    def state_key(self) -> str:
+        """Tells several of these callbacks in one trainer apart."""
+        return f"{type(self).__qualname__}({self.path}, {self.submodule!r})"
 
     def state_dict(self) -> dict[str, Any]:
         return {"run": self.run}
@@ -147,19 +153,21 @@ class Harvest(L.Callback):
                 self._buffer.update_last(metrics)
             return
         self._last = step
-        flat = self._buffer.spec.flatten(network.state_dict()).detach().cpu()
-        if not flat.isfinite().all():
+        flat = self._buffer.spec.flatten(network.state_dict())
+        if not self._buffer.add({**self._factors, **metrics, "run": self.run, "step": step}, flat):
             if not self.skipped:
-                warnings.warn(f"step {step}: weights that are not finite are left out of {self.path}", stacklevel=2)
+                warnings.warn(
+                    f"step {step}: weights that are no finite {self.header.dtype} numbers are left out of {self.path}",
+                    stacklevel=2,
+                )
             self.skipped += 1
             return
-        self._buffer.add({"run": self.run, "step": step, **self._factors, **metrics}, flat)
         if self._buffer.is_full or time.monotonic() - self._buffer.since > FLUSH_SECONDS:
             self._buffer.flush()
 
     def _metrics(self, trainer: L.Trainer, step: int) -> dict[str, float | int | None]:
         logged = trainer.callback_metrics.items()
-        found = {name: float(value) for name, value in logged if value.numel() == 1}
+        found = column_names({name: float(value) for name, value in logged if value.numel() == 1}, "metrics")
         value = found.get(self.header.metric)
         if value is not None and value != self._value:
             self._value, self._metric_step = value, step
@@ -168,7 +176,10 @@ class Harvest(L.Callback):
 
     def _check_metric(self, trainer: L.Trainer, *, sure: bool) -> None:
         self._logged = self._logged or self.header.metric in trainer.callback_metrics
-        if sure and not self._logged:
+        if not sure:
+            return
+        self._logged = bool(trainer.strategy.broadcast(self._logged))  # it may be logged by the first process alone
+        if not self._logged:
             self._close()
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             raise MoleError(f"metric {self.header.metric!r} was never logged; logged were: {logged}")
@@ -189,6 +200,5 @@ def spec_of(network: nn.Module) -> WeightSpec:
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Hyper-parameters that a column can hold, under names that no other column has."""
-    taken = ("run", "step", "layout", "diverged", "digest")
     kept = {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}
-    return {f"hparams.{name}" if name in taken else name: value for name, value in kept.items()}
+    return column_names(kept, "hparams")

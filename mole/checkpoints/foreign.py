@@ -45,6 +45,8 @@ class Candidate:
     name: str
     """As the report calls it."""
     run: str
+    place: int = 0
+    """Which file of its folder it is, in natural order."""
     is_lmdb: bool = False
 
 
@@ -87,9 +89,8 @@ def _files(source: Path, folder: Path, run: str, files: list[Path]) -> list[Cand
     found, sharded = [], _sharded(folder)
     if sharded:
         found.append(Candidate(sharded, sharded[0].relative_to(source).as_posix(), run))
-    for path in files:
-        if path not in sharded:
-            found.append(Candidate([path], path.relative_to(source).as_posix(), run))
+    for place, path in enumerate(path for path in files if path not in sharded):
+        found.append(Candidate([path], path.relative_to(source).as_posix(), run, place))
     return found
 
 
@@ -126,30 +127,45 @@ def read_file(file: Candidate) -> Found:
         part = _state_dict(content)
         if part is None:
             raise UnusableError("no state dict in it")
+        for name, tensor in part.items():
+            _check_tensor(name, tensor)
         state |= part
+        if part.keys() == content.keys():
+            content = {}  # tensors alone: none of them is a metric
     lightning = "pytorch-lightning_version" in content
     state = _without_prefixes(state, lightning=lightning)
     if not any(tensor.is_floating_point() for tensor in state.values()):
         raise UnusableError("no state dict in it")
     metrics = {**_metrics_of_name(file.paths[0]), **_metrics_of_content(content), **_metrics_of_trainer(file.paths[0])}
-    return Found(file.run, _step(file.paths[0], content), state, file.name, metrics)
+    step = _step(file.paths[0], content)
+    return Found(file.run, file.place if step is None else step, state, file.name, metrics)
 
 
 def _load(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
-        except (SafetensorError, ValueError, KeyError):
+        except (SafetensorError, ValueError, KeyError, TypeError):
             raise UnusableError("truncated, or not a safetensors file") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UnusableError(_why_refused(str(error))) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except OSError:
+        raise
+    except Exception:  # PyTorch raises whatever its readers stumble over
         raise UnusableError("truncated, or not a checkpoint") from None
     if not isinstance(content, Mapping):
         raise UnusableError("no state dict in it")
     return content
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse what is no plain tensor whose every number is in the file."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise UnusableError("tensors that are sparse, quantised or without data")
+    if tensor.numel() * tensor.element_size() > 2 * tensor.untyped_storage().nbytes() + 1024:
+        raise UnusableError(f"tensors that claim more numbers than the file has ({name})")
 
 
 def _why_refused(message: str) -> str:
@@ -183,22 +199,27 @@ def _without_prefixes(state: dict[str, Tensor], *, lightning: bool) -> dict[str,
     return state
 
 
-STEP = re.compile(r"(?:global_step|step|steps|iteration|iter|it|checkpoint|ckpt)[=_-]?(\d+)", re.IGNORECASE)
-EPOCH = re.compile(r"(?:epoch|ep)[=_-]?(\d+)", re.IGNORECASE)
+STEP = re.compile(r"(?<![a-z])(?:global_?step|steps?|iteration|iter|it|checkpoint|ckpt)[=_-]?(\d+)", re.IGNORECASE)
+EPOCH = re.compile(r"(?<![a-z])(?:epoch|ep)[=_-]?(\d+)", re.IGNORECASE)
 
 
-def _step(path: Path, content: Mapping[str, Any]) -> int:
-    """Optimiser steps if the file or its name tells them, else epochs, else the last number in its name, else 0."""
-    for key in ("global_step", "step", "steps", "iteration", "epoch"):
-        value = _number(content.get(key))
-        if value is not None and value >= 0 and value == int(value):
-            return int(value)
+def _step(path: Path, content: Mapping[str, Any]) -> int | None:
+    """Optimiser steps if the file or its name tells them, else epochs, else the last number in its name, else None."""
+    steps = [_whole(content.get(key)) for key in ("global_step", "step", "steps", "iteration")]
     name = f"{path.parent.name}/{path.stem}" if path.parent.name.startswith("checkpoint-") else path.stem
-    for pattern in (STEP, EPOCH):
-        if found := pattern.findall(name):
-            return int(found[-1][:15])
     numbers = re.findall(r"\d+", re.sub(r"=-?\d*\.\d+(?:e-?\d+)?", "", path.stem))
-    return int(numbers[-1][:15]) if numbers else 0
+    told = (*steps, _last(STEP.findall(name)), _whole(content.get("epoch")), _last(EPOCH.findall(name)), _last(numbers))
+    return next((step for step in told if step is not None), None)
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number of at least 0; None for anything else."""
+    number = _number(value)
+    return int(number) if number is not None and number >= 0 and number == int(number) else None
+
+
+def _last(numbers: list[str]) -> int | None:
+    return int(numbers[-1][:15]) if numbers else None
 
 
 def _metrics_of_name(path: Path) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 import json
 import struct
+import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +20,19 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
+HEADER_BYTES = 10_000_000
+"""The longest header of a weights file that is read."""
+
+RESERVED = ("run", "step", "layout", "diverged", "digest", "source", "content")
+"""Columns whose meaning is fixed."""
+
 INDEX_KEYS = ("run", "step", "layout", "diverged")
 """Columns that every index has; the others are factors (what was varied or given) and metrics."""
+
+
+def column_names(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The same values; what would have the name of a column with a fixed meaning gets a prefix."""
+    return {f"{prefix}.{name}" if name in RESERVED else name: value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,12 @@ class Header:
     dtype: Dtype
     recipe: dict[str, Any]
     """How the histories came about, in whatever terms their maker has."""
+
+    def __post_init__(self) -> None:
+        if self.metric in RESERVED:
+            raise MoleError(f"metric {self.metric!r}: this column has another meaning; legal is any other name")
+        if self.dtype not in TORCH_DTYPES:
+            raise MoleError(f"dtype {self.dtype!r}; legal is {', '.join(TORCH_DTYPES)}")
 
     def to_json(self) -> dict[str, Any]:
         return sealed({"format": FORMAT, "metric": self.metric, "dtype": self.dtype, "recipe": self.recipe})
@@ -123,7 +142,7 @@ def write_once(path: Path, value: Any) -> bool:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    mine = path.parent / f".tmp-{value_digest([text, id(value)])[:12]}"
+    mine = path.parent / f".tmp-{uuid.uuid4().hex}"
     with replacing(mine) as temporary:
         temporary.write_text(text, encoding="utf-8")
     try:
@@ -131,7 +150,7 @@ def write_once(path: Path, value: Any) -> bool:
     except FileExistsError:
         return False
     finally:
-        mine.unlink()
+        mine.unlink(missing_ok=True)
     return True
 
 
@@ -157,13 +176,33 @@ def verify(folder: str | Path) -> list[str]:
     Raises:
         MoleError: there is no zoo.
     """
-    folder, faults = Path(folder), []
-    for read in (read_header, read_layouts):
-        try:
-            read(folder)
-        except CorruptFileError as error:
-            faults.append(str(error))
-    return faults + [fault for files in shards(folder) if (fault := shard_fault(files))]
+    folder, faults, layouts = Path(folder), [], {}
+    files = shards(folder)
+    try:
+        read_header(folder)
+    except CorruptFileError as error:
+        faults.append(str(error))
+    try:
+        layouts = read_layouts(folder)
+    except CorruptFileError as error:
+        return [*faults, str(error), *_shard_faults(files)]
+    used = {layout for shard in files if (layout := _layout_of(shard.weights))}
+    faults += [f"{layout_path(folder, layout)}: missing" for layout in sorted(used - layouts.keys())]
+    return faults + _shard_faults(files)
+
+
+def _shard_faults(files: list[ShardFiles]) -> list[str]:
+    return [fault for shard in files if (fault := shard_fault(shard))]
+
+
+def _layout_of(path: Path) -> str | None:
+    """The layout that the header of a weights file names; None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            return json.loads(file.read(min(length, HEADER_BYTES)))["__metadata__"]["layout"]
+    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        return None
 
 
 def weights_shape(path: Path, dtype: Dtype) -> tuple[int, int]:
@@ -175,7 +214,7 @@ def weights_shape(path: Path, dtype: Dtype) -> tuple[int, int]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > 10_000_000:
+            if length > HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")
             tensor = json.loads(file.read(length))["weights"]
             (rows, size), (start, stop) = tensor["shape"], tensor["data_offsets"]

@@ -5,7 +5,7 @@ Dimensions: n kept checkpoints of a group, P parameters.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,16 @@ class Harvested:
     diverged: int
     """Runs of the group that diverged."""
     seconds: float
+
+    def only(self, rows: Tensor) -> "Harvested":
+        """The checkpoints of these rows (n,) bool; their runs, which lose some, count as diverged."""
+        if rows.all():
+            return self
+        lost = {run for run, kept in zip(self.columns["run"], rows.tolist(), strict=True) if not kept}
+        kept = rows.nonzero()[:, 0].tolist()
+        columns = {name: [values[i] for i in kept] for name in self.columns for values in [self.values(name)]}
+        columns["diverged"] = [run in lost or was for run, was in zip(columns["run"], columns["diverged"], strict=True)]
+        return replace(self, columns=columns, weights=self.weights[rows])
 
     def values(self, column: str) -> list[Any]:
         """A column as plain values."""

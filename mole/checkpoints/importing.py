@@ -12,10 +12,10 @@ from torch import nn
 from mole.checkpoints import foreign
 from mole.checkpoints.buffer import Buffer
 from mole.checkpoints.foreign import Found, UnusableError
-from mole.checkpoints.format import Dtype, Header, read_header, read_layouts
+from mole.checkpoints.format import Dtype, Header, column_names, read_header, read_layouts
 from mole.checkpoints.writer import ZooWriter
 from mole.errors import MoleError
-from mole.representations import WeightSpec, differences
+from mole.representations import WeightSpec, differences, weights_digest
 
 METRICS = ("eval_loss", "val_loss", "val/loss", "valid_loss", "avg_test_loss", "test_loss", "loss", "train_loss")
 """Of the metrics that the first checkpoint has, the first of these is the one to be conditioned on."""
@@ -37,12 +37,20 @@ class ImportReport:
         """Leave a file out."""
         self.skipped.setdefault(reason, []).append(path)
 
+    without_metric: str | None = None
+    """Name of the conditioning metric, if none of the checkpoints that were taken in has it."""
+
     def __str__(self) -> str:
         known = f", {self.known} were there already" if self.known else ""
         lines = [f"{self.zoo}: {self.checkpoints} checkpoints of {len(self.runs)} runs taken in{known}"]
         for reason, paths in sorted(self.skipped.items(), key=lambda item: -len(item[1])):
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
             lines.append(f"  {len(paths)} left out: {reason} ({paths[0]}{more})")
+        if self.without_metric is not None:
+            lines.append(
+                f"  none of them has the metric {self.without_metric!r}: they can be looked at, but no generator can "
+                "be conditioned on it; --metric names another one, in another zoo"
+            )
         return "\n".join(lines)
 
 
@@ -85,11 +93,13 @@ def import_checkpoints(
     intake = _Intake(zoo, report, metric, WeightSpec.of(module) if module is not None else None, dtype)
     try:
         for done, file in enumerate(files, 1):
-            intake.take(file, source)
+            intake.take(file)
             if progress is not None:
                 progress(done, len(files))
     finally:
         intake.close()
+    if report.checkpoints and not intake.has_metric:
+        report.without_metric = intake.metric
     if not report.checkpoints and not report.known and not report.skipped:
         report.skip(f"no {', '.join(sorted(foreign.SUFFIXES))} file and no LMDB run", str(source))
     return report
@@ -103,8 +113,9 @@ class _Intake:
     ) -> None:
         self.zoo, self.report, self.metric, self.spec = zoo, report, metric, spec
         self.dtype: Dtype = dtype
-        self.known: set[tuple[str, int]] = set()
+        self.known: dict[tuple[str, int], str | None] = {}
         self.buffer: Buffer | None = None
+        self.has_metric = False
         if (zoo / "zoo.json").exists():
             header = read_header(zoo)
             if metric is not None and metric != header.metric:
@@ -113,18 +124,21 @@ class _Intake:
             layouts = list(read_layouts(zoo).values())
             self.spec = self.spec or (layouts[0] if layouts else None)
 
-    def take(self, file: foreign.Candidate, source: Path) -> None:
+    def take(self, file: foreign.Candidate) -> None:
         """Read one file, or one LMDB run, and keep what fits."""
+        for found in self._read(file):
+            self._keep(found)
+
+    def _read(self, file: foreign.Candidate) -> Iterator[Found]:
         try:
-            for found in self._read(file, source):
-                self._keep(found)
+            if file.is_lmdb:
+                yield from foreign.read_lmdb(file, self.spec)
+            else:
+                yield foreign.read_file(file)
         except UnusableError as error:
             self.report.skip(str(error), file.name)
         except OSError as error:
             self.report.skip(f"cannot be read ({error.strerror or error})", file.name)
-
-    def _read(self, file: foreign.Candidate, source: Path) -> Iterator[Found]:
-        return foreign.read_lmdb(file, self.spec) if file.is_lmdb else iter([foreign.read_file(file)])
 
     def _keep(self, found: Found) -> None:
         try:
@@ -141,12 +155,25 @@ class _Intake:
         if not flat.isfinite().all():
             self.report.skip("weights that are NaN or infinite", found.name)
             return
-        buffer = self._open(found.metrics)
+        metrics = column_names(found.metrics, "metrics")
+        buffer = self._open(metrics)
+        content = weights_digest(flat)[:16]
         if (found.run, found.step) in self.known:
-            self.report.known += 1
+            if self.known[found.run, found.step] in (content, None):
+                self.report.known += 1
+            else:
+                self.report.skip(
+                    f"another network is there already as step {found.step} of run {found.run!r}: let file names tell "
+                    "their steps, and import the folder above the runs' folders, whose names tell runs apart",
+                    found.name,
+                )
             return
-        self.known.add((found.run, found.step))
-        buffer.add({"run": found.run, "step": found.step, "source": found.name, **found.metrics}, flat)
+        row = {**metrics, "run": found.run, "step": found.step, "source": found.name, "content": content}
+        if not buffer.add(row, flat):
+            self.report.skip(f"weights too large for {self.dtype}", found.name)
+            return
+        self.known[found.run, found.step] = content
+        self.has_metric = self.has_metric or self.metric in metrics
         self.report.checkpoints += 1
         self.report.runs.add(found.run)
         if buffer.is_full:
@@ -155,8 +182,8 @@ class _Intake:
     def _open(self, metrics: dict[str, float]) -> Buffer:
         if self.buffer is None:
             assert self.spec is not None
-            metric = self.metric or next((name for name in METRICS if name in metrics), "loss")
-            header = Header(metric, self.dtype, {"source": "import"})
+            self.metric = self.metric or next((name for name in METRICS if name in metrics), "loss")
+            header = Header(self.metric, self.dtype, {"source": "import"})
             self.buffer = Buffer(ZooWriter(self.zoo, header, "import"), self.spec)
             self.known = self.buffer.written()
         return self.buffer

@@ -3,6 +3,7 @@
 Dimensions: N networks, n of them still training, K kept states, P parameters, B images per step.
 """
 
+import logging
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,9 +17,11 @@ from torch.func import vmap
 
 from mole.checkpoints.schedules import AtSteps, Schedule
 from mole.config import TaskConfig
-from mole.errors import VectorisationWarning
+from mole.errors import MoleError, VectorisationWarning
 from mole.tasks import Task
 from mole.tasks.batched import advance_keys, dropout_keys
+
+logger = logging.getLogger("mole")
 
 Progress = Callable[[int], None]
 """Told the network-steps done so far: networks times optimiser steps."""
@@ -28,6 +31,9 @@ CACHED_NUMBERS = 3_500_000
 
 CHECK_EVERY = 25
 """Steps between two looks for runs that have diverged."""
+
+LOOP_SEEDS = 2**46
+"""Seeds from here on are for what networks that cannot be batched draw in a step (dropout)."""
 
 Losses = Callable[..., Tensor]
 """(state with tensors (n, *shape), batch with tensors (n, B, ...)) -> losses (n,)."""
@@ -135,6 +141,8 @@ class _Population:
         """(n,), which runs still train."""
         self.began = len(seeds)
         self.losses: Tensor | None = None
+        self.taken = 0
+        """Steps before the present one."""
         self.compiled = False
         learners = [task.learner(seed) for seed in seeds]
         self.trained = [name for name, _ in learners[0].named_parameters()]
@@ -152,6 +160,7 @@ class _Population:
 
     def step(self, step: int) -> None:
         """One optimiser step of every run."""
+        self.taken = step
         batch = self.feed.batch(step, self.state)
         advance_keys(self.state, self.keys, self.seeds, step)
         self.optimizer.param_groups[0]["lr"] = learning_rate_at(self.task, step)
@@ -169,21 +178,54 @@ class _Population:
         """The first step decides how losses are computed: batched, or one by one where that cannot be."""
         buffers = {name: t.clone() for name, t in self.state.items() if name not in self.trained}
         batched = vmap(self.task.loss)
-        self.batched_losses: Losses = torch.compile(batched, dynamic=False) if self.compiled else batched
+        if self.compiled:
+            self.batched_losses = torch.compile(batched, dynamic=False)
+            try:
+                return self._tried(batch)
+            except (RuntimeError, ValueError) as error:
+                logger.warning("cannot compile (%s); going on without", _short(error))
+                self._restore(buffers)
+        self.batched_losses = batched
         try:
-            return self.batched_losses(self.state, *batch)
+            return self._tried(batch)
         except (RuntimeError, ValueError) as error:
-            where, problem = _operation(error), " ".join(str(error).split())[:160]
             warnings.warn(
-                f"{self.task.config.name}: the network cannot be batched ({where}: {problem}); "
+                f"{self.task.config.name}: the network cannot be batched ({_operation(error)}: {_short(error)}); "
                 "its runs are trained one after the other, which is slower",
                 VectorisationWarning,
                 stacklevel=4,
             )
-            for name, tensor in buffers.items():
-                self.state[name].copy_(tensor)
-            self.batched_losses = one_by_one(self.task.loss)
+        self._restore(buffers)
+        self.batched_losses = self._one_by_one
+        return self._tried(batch)
+
+    def _tried(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """The losses, unless there is no memory for them.
+
+        Raises:
+            MoleError: the device is full.
+        """
+        try:
             return self.batched_losses(self.state, *batch)
+        except torch.OutOfMemoryError:
+            raise MoleError(
+                f"{self.task.config.name}: no memory on {self.task.device} for {len(self.runs)} networks at once; "
+                "lower harvest.group_size"
+            ) from None
+
+    def _restore(self, buffers: dict[str, Tensor]) -> None:
+        for name, tensor in buffers.items():
+            self.state[name].copy_(tensor)
+
+    def _one_by_one(self, state: dict[str, Tensor], *batch: Tensor) -> Tensor:
+        """Losses without `vmap`: slower, and without its limits. What a run draws depends on its seed and step."""
+        found = []
+        devices = [self.task.device] if self.task.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            for i, seed in enumerate(self.seeds.tolist()):
+                torch.manual_seed(LOOP_SEEDS + seed * 1_000_003 + self.taken)
+                found.append(self.task.loss({k: v[i] for k, v in state.items()}, *(part[i] for part in batch)))
+        return torch.stack(found)
 
     def _clip(self, largest: float) -> None:
         gradients = [g for name in self.trained if (g := self.state[name].grad) is not None]
@@ -235,15 +277,8 @@ class _Population:
         return ended
 
 
-def one_by_one(loss: Callable[..., Tensor]) -> Losses:
-    """Losses of a population without `vmap`: slower, and without its limits."""
-
-    def losses(state: dict[str, Tensor], *batch: Tensor) -> Tensor:
-        count = len(batch[0])
-        found = [loss({k: v[i] for k, v in state.items()}, *(part[i] for part in batch)) for i in range(count)]
-        return torch.stack(found)
-
-    return losses
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _operation(error: BaseException) -> str:

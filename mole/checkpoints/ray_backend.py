@@ -12,11 +12,16 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
 from mole.checkpoints.backends import Progress
 from mole.checkpoints.groups import Group, Harvested, train_group
 from mole.config import HarvestConfig, TaskConfig
+from mole.errors import MoleError
 from mole.tasks import Task, load_task
+
+RETRIES = 20
+"""Times that a group is trained again after its worker died; a group that kills every worker shall end."""
 
 AHEAD = 2
 """Groups per CPU that are handed to the cluster: enough to keep a worker that joins busy."""
@@ -34,7 +39,7 @@ class RayBackend:
         if not ray.is_initialized():
             ray.init(log_to_driver=False, include_dashboard=False)
         gpus = 1 if self.task.device.type == "cuda" else 0
-        train = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=-1, retry_exceptions=False)(_train)
+        train = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=False)(_train)
         settings = (self.task.config, self.harvest, os.environ.get("MOLE_DATA"))
         waiting, pending, done = iter(groups), dict[Any, Group](), 0
         try:
@@ -47,7 +52,14 @@ class RayBackend:
                 if not pending:
                     return
                 (ready, *_), _ = ray.wait(list(pending), num_returns=1)
-                node, found = ray.get(ready)
+                try:
+                    node, found = ray.get(ready)
+                except (WorkerCrashedError, OutOfMemoryError) as error:
+                    why = " ".join(str(error).split())[:160]
+                    raise MoleError(
+                        f"{pending[ready].name}: its worker died {RETRIES + 1} times ({why}); "
+                        "lower harvest.group_size if memory is short"
+                    ) from None
                 self.nodes[node] += 1
                 group = pending.pop(ready)
                 done += len(group.runs) * group.config.steps

@@ -106,3 +106,37 @@ def read_indexes(
     if faults:
         raise CorruptFileError("; ".join(faults) + "; make those shards again")
     return tables, sizes
+
+
+def alike(tables: list[pa.Table]) -> list[pa.Table]:
+    """The same tables; a column of different types becomes one of numbers if it can, else one of texts.
+
+    A hyper-parameter may be a number in one training and a word in another.
+    """
+    kinds: dict[str, set[pa.DataType]] = {}
+    for table in tables:
+        for field in table.schema:
+            if not pa.types.is_null(field.type) and not pa.types.is_dictionary(field.type):
+                kinds.setdefault(field.name, set()).add(field.type)
+    mixed = {name: _common(found) for name, found in kinds.items() if len(found) > 1}
+    return [_cast(table, mixed) for table in tables] if mixed else tables
+
+
+def _common(kinds: set[pa.DataType]) -> pa.DataType | None:
+    """What all of these can be cast to; None if that is for Arrow to find."""
+    if any(pa.types.is_nested(kind) for kind in kinds):
+        return None
+    if any(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds):
+        return pa.string()
+    return pa.float64() if any(pa.types.is_boolean(kind) for kind in kinds) else None
+
+
+def _cast(table: pa.Table, wanted: dict[str, pa.DataType | None]) -> pa.Table:
+    for name, kind in wanted.items():
+        if kind is None or name not in table.column_names:
+            continue
+        place, column = table.column_names.index(name), table[name]
+        if pa.types.is_boolean(column.type) and kind == pa.float64():
+            column = column.cast(pa.int8())
+        table = table.set_column(place, name, column.cast(kind))
+    return table

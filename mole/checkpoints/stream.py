@@ -4,8 +4,8 @@ Dimensions: K kept states of a run, P parameters.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from mole.checkpoints.groups import Group, Harvested, plan_groups
 from mole.config import HarvestConfig
 from mole.errors import MoleError
 from mole.tasks import Task
+
+GIVE_UP = 4
+"""Group sizes of runs that may diverge in a row."""
 
 
 @dataclass
@@ -35,6 +38,8 @@ class Flow:
     """What has come through a reservoir."""
 
     began: float = field(default_factory=time.monotonic)
+    before: int = 0
+    """Checkpoints of earlier sessions of the same training."""
     runs: int = 0
     checkpoints: int = 0
     diverged: int = 0
@@ -47,6 +52,15 @@ class Flow:
     digests: list[str] = field(default_factory=list)
     """Of every group."""
 
+    @classmethod
+    def resumed(cls, state: Mapping[str, Any]) -> "Flow":
+        """Goes on from the `state` of an earlier session."""
+        return cls(**{**state, "before": state["checkpoints"]})
+
+    def state(self) -> dict[str, Any]:
+        """What a training that is resumed shall still know."""
+        return {name: value for name, value in asdict(self).items() if name != "began"}
+
     @property
     def reuse(self) -> float:
         """Reads per checkpoint so far."""
@@ -54,8 +68,8 @@ class Flow:
 
     @property
     def rate(self) -> float:
-        """Fresh checkpoints per second so far."""
-        return self.checkpoints / max(1e-9, time.monotonic() - self.began)
+        """Fresh checkpoints per second in this session."""
+        return (self.checkpoints - self.before) / max(1e-9, time.monotonic() - self.began)
 
     def report(self) -> dict[str, float | int]:
         """The numbers for `report.json`."""
@@ -79,7 +93,7 @@ class Reservoir:
         task: the whole task.
         harvest: the configuration's section.
         seed: of the configuration.
-        first: number of the first batch of runs: those before it have been read already.
+        state: of the reservoir that an earlier session of the same training had; the runs that it held are gone.
         record: told of every group before one of its runs is read: its runs, seeds, factors and digest,
             enough to train it again, bit for bit on the same machine.
     """
@@ -90,14 +104,16 @@ class Reservoir:
         harvest: HarvestConfig,
         seed: int,
         *,
-        first: int = 0,
+        state: Mapping[str, Any] | None = None,
         record: Callable[[dict[str, Any]], None] = lambda group: None,
     ) -> None:
         self.task, self.harvest, self.record = task, harvest, record
         self.runs: list[LiveRun] = []
-        self.flow = Flow()
+        self.lost = 0
+        """Runs in a row that diverged, whole groups of them."""
+        self.flow = Flow.resumed(state["flow"]) if state else Flow()
         self.floor = min(harvest.group_size, harvest.reservoir // 2)
-        self.batches = _Batches(task, harvest, seed, first)
+        self.batches = _Batches(task, harvest, seed, state["next_batch"] if state else 0)
         self.source = Background(make_backend(task, harvest), self.batches)
         try:
             self._refill()
@@ -105,10 +121,9 @@ class Reservoir:
             self.close()
             raise
 
-    @property
-    def next_batch(self) -> int:
-        """Where a training that is resumed goes on: no run of these batches has been read."""
-        return self.batches.number + 1
+    def state(self) -> dict[str, Any]:
+        """Where a training that is resumed goes on; no run of the batches from the next one on has been read."""
+        return {"next_batch": self.batches.number + 1, "flow": self.flow.state()}
 
     def choose(self, generator: torch.Generator, count: int) -> list[LiveRun]:
         """Random runs, more of them if there are too few."""
@@ -119,10 +134,8 @@ class Reservoir:
         """Count one read of two states; False, and the run is retired, if one has been read often enough."""
         reads = {first: 2} if first == second else {first: 1, second: 1}
         if any(run.uses[state] + more > self.harvest.reuse for state, more in reads.items()):
-            if len(self.runs) > 1:
-                self.runs = [other for other in self.runs if other is not run]
-            else:
-                self.runs = []
+            self.runs = [other for other in self.runs if other is not run]
+            if not self.runs:
                 self._refill()
             return False
         for state, more in reads.items():
@@ -131,8 +144,8 @@ class Reservoir:
         return True
 
     def _refill(self) -> None:
-        while len(self.runs) + self.harvest.group_size <= max(self.harvest.reservoir, self.harvest.group_size):
-            needed = len(self.runs) < self.floor or not self.runs
+        while len(self.runs) + self.harvest.group_size <= self.harvest.reservoir:
+            needed = len(self.runs) < self.floor
             began = time.monotonic()
             found = self.source.take(wait=needed)
             self.flow.waited += time.monotonic() - began if needed else 0.0
@@ -159,8 +172,9 @@ class Reservoir:
         group = found.group
         self.flow.digests.append(found.digest)
         self.record({"runs": group.runs, "seeds": group.seeds, "factors": group.factors, "digest": found.digest})
-        if not self.runs and found.diverged == len(group.runs):
-            raise MoleError("every run of a group diverged; lower task.learning_rate")
+        self.lost = self.lost + len(group.runs) if found.diverged == len(group.runs) else 0
+        if self.lost >= GIVE_UP * self.harvest.group_size:
+            raise MoleError(f"{self.lost} runs in a row diverged; lower task.learning_rate")
 
     def close(self) -> None:
         """Stop training populations."""

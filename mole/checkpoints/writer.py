@@ -94,6 +94,21 @@ class ZooWriter:
             return False
         return runs is None or _runs(files) == sorted(runs)
 
+    def stored(self, spec: WeightSpec, weights: Tensor) -> Tensor:
+        """Weights (*N, P) in the zoo's dtype; what is too large for it becomes infinite, but counters stay finite."""
+        dtype = TORCH_DTYPES[self.header.dtype]
+        found = weights.to(dtype)
+        if dtype == torch.float16:
+            for entry in spec.entries:
+                if not entry.dtype.is_floating_point:
+                    part = slice(entry.offset, entry.stop)
+                    found[..., part] = weights[..., part].clamp(max=torch.finfo(dtype).max)
+        return found
+
+    def fits(self, spec: WeightSpec, weights: Tensor) -> Tensor:
+        """Which of the networks (n, P) can be kept in the zoo's dtype: (n,) bool."""
+        return torch.cat([self.stored(spec, part).isfinite().all(-1) for part in weights.split(4096)])
+
     def write(self, shard: str, spec: WeightSpec, weights: Tensor, columns: Columns, *, seconds: float = 0.0) -> None:
         """Write one shard.
 
@@ -107,7 +122,7 @@ class ZooWriter:
         Raises:
             MoleError: shapes do not fit, or a weight is no finite number in the zoo's dtype.
         """
-        stored = weights.detach().cpu().to(TORCH_DTYPES[self.header.dtype]).contiguous()
+        stored = self.stored(spec, weights.detach().cpu()).contiguous()
         count = len(columns["run"])
         if stored.shape != (count, spec.size):
             found = tuple(stored.shape)

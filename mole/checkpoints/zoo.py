@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mole.checkpoints.format import INDEX_KEYS, Header, read_header, read_layouts, shards
-from mole.checkpoints.sources import MemorySource, ShardSource, Source, read_indexes
+from mole.checkpoints.sources import MemorySource, ShardSource, Source, alike, read_indexes
 from mole.errors import MoleError
 from mole.files import value_digest
 from mole.representations import WeightSpec, differences, weights_digest
@@ -57,14 +57,15 @@ class Zoo:
 
     def __init__(self, path: str | Path) -> None:
         folder = Path(path)
-        header, layouts, files = read_header(folder), read_layouts(folder), shards(folder)
+        header, files = read_header(folder), shards(folder)
+        layouts = read_layouts(folder)  # after the shards, whose layouts were written before them
         if not files:
             raise MoleError(f"{folder}: no finished shard; run the harvest stage, or whatever fills this zoo")
         tables, sizes = read_indexes(files, header.dtype, layouts)
         try:
-            index = pa.concat_tables(tables, promote_options="permissive")
-        except pa.ArrowTypeError as error:
-            raise MoleError(f"{folder}: a column holds numbers in one shard and texts in another ({error})") from None
+            index = pa.concat_tables(alike(tables), promote_options="permissive")
+        except (pa.ArrowTypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise MoleError(f"{folder}: the shards disagree on what a column holds ({error})") from None
         source = ShardSource(files, sizes, header.dtype)
         self.digest = value_digest(sorted(index["digest"].unique().to_pylist()))
         """Identity of the zoo: of all its shards, also where only a part of them was chosen."""
@@ -149,6 +150,8 @@ class Zoo:
     @cached_property
     def loss(self) -> Tensor:
         """(n,) float32: the conditioning metric of every checkpoint; NaN where it is not known."""
+        if self.metric not in self.index.column_names:
+            return torch.full((len(self),), torch.nan)
         return torch.from_numpy(self.column(self.metric).astype(np.float32))
 
     def column(self, name: str) -> np.ndarray:

@@ -80,6 +80,7 @@ def parse(arguments: Sequence[str]) -> Request:
         config = load(paths or [DEFAULT_CONFIG], overrides)
     except ConfigError as error:
         raise ConfigError(mistakes + error.mistakes) from None
+    mistakes += [f"configuration: {fault}" for fault in staging.unlearnable(config, stages)]
     out = Path(options.out) if options.out else Path("runs") / config.name
     for place in (out, *out.parents):
         if place.exists() and not place.is_dir():

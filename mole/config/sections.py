@@ -79,9 +79,11 @@ class TaskConfig(Section):
         return {**RECIPES.get(name, {}), **values} if isinstance(name, str) else values
 
     @model_validator(mode="after")
-    def _labels_differ(self) -> "TaskConfig":
+    def _data_are_there(self) -> "TaskConfig":
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels {self.labels}: legal is each label once")
+        if self.name == "cartpole" and (self.labels is not None or self.data_fraction != 1):
+            raise ValueError("cartpole has neither labels nor images; legal is to leave labels and data_fraction out")
         return self
 
 
@@ -250,6 +252,17 @@ class Config(Section):
             raise ValueError(
                 f"harvest.checkpoints is {self.harvest.checkpoints}, but a run of task.steps {self.task.steps} "
                 f"has only {self.task.steps + 1} states"
+            )
+        harvest = self.harvest
+        if harvest.mode == "stream" and harvest.group_size > harvest.reservoir // 2:
+            raise ValueError(
+                f"harvest.group_size is {harvest.group_size}, but a reservoir of {harvest.reservoir} runs takes groups "
+                f"of at most {harvest.reservoir // 2}; lower it or raise harvest.reservoir"
+            )
+        given = [n for n in ("labels", "data_fraction", "batch_size") if getattr(harvest.vary, n) is not None]
+        if self.task.name == "cartpole" and given:
+            raise ValueError(
+                f"harvest.vary.{given[0]}: cartpole has neither labels nor images; legal is to leave it out"
             )
         return self
 

@@ -4,7 +4,7 @@ Dimensions: P parameters, B pairs.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -64,8 +64,8 @@ class PairSource(Protocol):
         """What a person would like to watch; may be empty."""
         ...
 
-    def state(self) -> int:
-        """Where a training that is resumed goes on."""
+    def state(self) -> dict[str, Any]:
+        """Where a training that is resumed goes on: plain values."""
         ...
 
     def pairs(self, config: TrainConfig, generator: torch.Generator) -> Pairs:
@@ -87,8 +87,8 @@ class ZooPairs:
     def note(self) -> str:
         return ""
 
-    def state(self) -> int:
-        return 0
+    def state(self) -> dict[str, Any]:
+        return {}
 
     def pairs(self, config: TrainConfig, generator: torch.Generator) -> Pairs:
         run = torch.randint(len(self.counts), (config.batch_size,), generator=generator)
@@ -118,8 +118,8 @@ class StreamPairs:
     def note(self) -> str:
         return self.reservoir.flow.note()
 
-    def state(self) -> int:
-        return self.reservoir.next_batch
+    def state(self) -> dict[str, Any]:
+        return self.reservoir.state()
 
     def pairs(self, config: TrainConfig, generator: torch.Generator) -> Pairs:
         rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []

@@ -5,7 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mole.errors import MoleError
 from mole.files import remove, replacing
 from mole.reporting import Advance
 from mole.representations import EntryScale, NeuronView
+from mole.seeding import Seeded
 from mole.tasks import Classification
 
 logger = logging.getLogger("mole")
@@ -36,8 +37,8 @@ class Data:
     """What a generator is trained on and validated with."""
 
     task: Classification
-    source: Callable[[int], PairSource]
-    """Training pairs, from where an earlier session of the same training left off; 0 is the beginning."""
+    source: Callable[[dict[str, Any]], PairSource]
+    """Training pairs, from where an earlier session of the same training left off; {} is the beginning."""
     heldout: Zoo
 
 
@@ -76,8 +77,7 @@ def train_generator(
     view = NeuronView(source.spec)
     scales = resumed.scales or EntryScale.fit(source.spec, source.chunks()).stds(source.spec)
     scale = EntryScale.of(source.spec, scales)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with Seeded(config.seed):
         denoiser = Denoiser(view, config.generator)
     module = DenoiserTraining(denoiser, scale, data.task, config.train, seed=config.seed)
 
@@ -143,7 +143,7 @@ class _Resumed:
     step: int = 0
     seconds: float = 0.0
     scales: list[float] | None = None
-    source: int = 0
+    source: dict[str, Any] = field(default_factory=dict)
 
 
 def _resumable(state: Path, identity: str) -> _Resumed:
@@ -153,7 +153,7 @@ def _resumable(state: Path, identity: str) -> _Resumed:
             found = torch.load(state, map_location="cpu", weights_only=True)
             if found["identity"] == identity:
                 scales = [float(scale) for scale in found["scales"]]
-                return _Resumed(int(found["global_step"]), float(found["seconds"]), scales, int(found["source"]))
+                return _Resumed(int(found["global_step"]), float(found["seconds"]), scales, dict(found["source"]))
         except Exception:  # truncated, foreign or hostile: whatever is wrong, it is not ours
             logger.warning("%s: not a training state; training from the beginning", state)
         remove(state)

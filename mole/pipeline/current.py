@@ -70,6 +70,13 @@ class Run:
         runs = range(settings.runs, settings.runs + settings.heldout_runs)
         return self.zoo[1] if settings.mode == "disk" else self._again(runs)
 
+    def starts(self, wanted: int) -> torch.Tensor:
+        """Where in `heldout` the first states of `wanted` runs are, or of all there are if some diverged."""
+        found = self.heldout.first[:wanted]
+        if len(found) < wanted:
+            self.reporter.say(f"{wanted - len(found)} held-out runs diverged: {len(found)} starts instead of {wanted}")
+        return found
+
     def _again(self, runs: range) -> Zoo:
         """These runs in memory."""
         config = self.config

@@ -19,7 +19,6 @@ def harvest(current: Run) -> Result:
     While streaming there is nothing to do: populations train beside the generator.
     """
     if current.config.harvest.mode == "stream":
-        remove(current.folder.zoo)
         return [], {"harvest": {"mode": "stream", "runs": 0, "checkpoints": 0}, "split": _split(current)}
     config, folder = current.config, current.folder.zoo
     settings, header = config.harvest, _header(current)
@@ -78,6 +77,7 @@ def _fill(current: Run, writer: ZooWriter, groups: list[Group]) -> None:
         backend = make_backend(task, current.config.harvest)
         for found in backend.run(missing, lambda done: advance(total - left + done)):
             spec = task.with_config(found.group.config).spec
+            found = found.only(writer.fits(spec, found.weights))
             writer.write(found.group.name, spec, found.weights, found.columns, seconds=found.seconds)
 
 

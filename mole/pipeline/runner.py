@@ -20,7 +20,7 @@ from mole.pipeline.rank import rank
 from mole.pipeline.sample import sample
 from mole.pipeline.train import train
 from mole.reporting import Reporter
-from mole.stages import RunFolder, StageName, decide, read_marker, write_marker, write_report
+from mole.stages import RunFolder, StageName, decide, read_marker, unlearnable, write_marker, write_report
 from mole.tracking import Tracker
 
 STAGE_FUNCTIONS: dict[StageName, Callable[[Run], Result]] = {
@@ -43,6 +43,8 @@ def run(
     Raises:
         MoleError: something the user can mend.
     """
+    if faults := unlearnable(config, stages):
+        raise MoleError("; ".join(faults))
     folder = RunFolder(root)
     device = choose_device(config)
     if config.runtime.threads:

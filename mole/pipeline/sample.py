@@ -8,11 +8,11 @@ def sample(current: Run) -> Result:
     """Generate networks from held-out starts, one file each, each with its record in the ledger."""
     settings, folder = current.config.sample, current.folder
     heldout = current.heldout
-    first = heldout.first[: settings.networks]
+    first = current.starts(settings.networks)
     starts = heldout.read(first)
     with current.reporter.stage("sample", settings.networks, "networks") as advance:
         samples = current.generator.sample(
-            target_loss=settings.target_loss, n=settings.networks, seed=current.config.seed,
+            target_loss=settings.target_loss, n=len(first), seed=current.config.seed,
             starts=starts, evaluations=settings.evaluations,
         )  # fmt: skip
         names = [f"{index:05d}.safetensors" for index in range(len(samples))]

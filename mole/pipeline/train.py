@@ -22,10 +22,10 @@ def train(current: Run) -> Result:
     def record(group: dict[str, Any]) -> None:
         current.ledger.append([{"kind": "entity", "type": "streamed group", **group, "wasGeneratedBy": streamed}])
 
-    def source(first: int) -> PairSource:
+    def source(state: dict[str, Any]) -> PairSource:
         if config.harvest.mode == "disk":
             return ZooPairs(current.training)
-        stream.append(Reservoir(current.task, config.harvest, config.seed, first=first, record=record))
+        stream.append(Reservoir(current.task, config.harvest, config.seed, state=state, record=record))
         return StreamPairs(stream[0])
 
     def on_resume(step: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from mole.config import TaskConfig
+from mole.seeding import Seeded
 from mole.tasks.batched import batched
 from mole.tasks.networks import Architecture, Policy, mlp, orthogonal
 from mole.tasks.task import Metrics, SplitName, Task
@@ -32,6 +33,8 @@ UPDATES = EPOCHS * MINIBATCHES
 """Optimiser steps per iteration, which is one rollout."""
 
 SPLIT_SEEDS = {"train": 2**42, "prompt": 2**42 + 1, "test": 2**42 + 2}
+CRITIC_SEEDS = 2**43
+"""Seeds from here on initialise the critic of a run."""
 EPISODES = {"train": 64, "prompt": 64, "test": 128}
 """Fixed first states that a split judges by."""
 
@@ -62,8 +65,8 @@ def physics(state: Tensor, action: Tensor) -> Tensor:
 
 
 def fallen(state: Tensor) -> Tensor:
-    """Whether the cart has left its track or the pole has fallen: (...) bool."""
-    return (state[..., 0].abs() > POSITION_LIMIT) | (state[..., 2].abs() > ANGLE_LIMIT)
+    """Whether the cart has left its track or the pole has fallen, or is nowhere (NaN): (...) bool."""
+    return ~((state[..., 0].abs() <= POSITION_LIMIT) & (state[..., 2].abs() <= ANGLE_LIMIT))
 
 
 def first_states(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -113,8 +116,7 @@ class CartPole(Task):
     def learner(self, seed: int) -> nn.Module:
         policy = self.architecture.build(seed)
         assert isinstance(policy, Policy)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)
+        with Seeded(CRITIC_SEEDS + seed):
             critic = orthogonal(mlp(self.architecture.widths, self.config.activation), last_gain=1.0)
         return Learner(policy, critic)
 

@@ -8,6 +8,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from mole.seeding import Seeded
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh, "selu": nn.SELU,
 }  # fmt: skip
@@ -29,8 +31,7 @@ class Architecture(BaseModel):
 
     def build(self, seed: int) -> nn.Module:
         """A freshly initialised network; the caller's random state is left as it was."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with Seeded(seed):
             return {"mlp": mlp, "convnet": convnet, "policy": Policy}[self.kind](self.widths, self.activation)
 
 

@@ -57,8 +57,14 @@ def fit(library: Any, harvest: Any, module: Any = None, *, resume: str | None = 
         warnings.simplefilter("ignore")
         settings = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = library.Trainer(
-            **{**settings, "enable_model_summary": False, "accelerator": "cpu", "devices": 1, **options},
-            callbacks=[harvest],
+            **{
+                **settings,
+                "enable_model_summary": False,
+                "accelerator": "cpu",
+                "devices": 1,
+                "callbacks": [harvest],
+                **options,
+            }
         )
         trainer.fit(module, data(), data(16), ckpt_path=resume)
     return trainer
@@ -233,3 +239,30 @@ def test_bad_arguments_are_refused_at_once(options: dict[str, Any], text: str, t
 def test_a_submodule_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(MoleError, match=r"submodule 'modle': not there; Small has \['model'\]"):
         fit(L, mole.Harvest(tmp_path, "val/loss", submodule="modle"))
+
+
+def test_logged_names_of_columns_with_a_meaning_get_a_prefix(tmp_path: Path) -> None:
+    module = small_module(L)
+    plain = module.training_step
+
+    def training_step(batch: Any, batch_idx: int) -> Tensor:
+        module.log("step", 3.0)
+        module.log("run", 4.0)
+        return plain(batch, batch_idx)
+
+    module.training_step = training_step
+    two = [mole.Harvest(tmp_path / name, metric="train/loss", every_n_steps=5) for name in ("a", "b")]
+    fit(L, two[0], module, callbacks=two)  # two callbacks in one trainer
+    for name in ("a", "b"):
+        zoo = Zoo(tmp_path / name)
+        assert zoo.column("step").tolist() == [0, 5, 10, 15, 20]
+        assert zoo.column("metrics.step").tolist()[1:] == [3.0] * 4 and zoo.column("metrics.run")[-1] == 4.0
+
+
+def test_what_is_too_large_for_the_dtype_is_left_out_with_one_warning(tmp_path: Path) -> None:
+    module = small_module(L)
+    with torch.no_grad():
+        module.model[0].weight[0, 0] = 1e6
+    harvest = mole.Harvest(tmp_path, metric="train/loss", every_n_steps=5, dtype="float16")
+    fit(L, harvest, module)
+    assert harvest.skipped == 5 and not list((tmp_path / "shards").glob("*.parquet"))

@@ -205,3 +205,68 @@ def test_a_single_file_and_batch_norm_counters(tmp_path: Path) -> None:
     assert import_checkpoints(tmp_path / "one.pt", tmp_path / "zoo").checkpoints == 1
     found = Zoo(tmp_path / "zoo")[0].state_dict()
     assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("names", "contents", "steps"),
+    [
+        (["a", "b", "c"], [{}, {}, {}], [0, 1, 2]),  # the files' order
+        (["step_500", "step_1000"], [{"epoch": 0}, {"epoch": 0}], [500, 1000]),
+        (["vit16_epoch1", "vit16_epoch2"], [{}, {}], [1, 2]),
+        (["x1", "x2"], [{"global_step": 30}, {"iteration": 40}], [30, 40]),
+    ],
+)
+def test_where_steps_come_from(
+    tmp_path: Path, names: list[str], contents: list[dict[str, int]], steps: list[int]
+) -> None:
+    for seed, (name, content) in enumerate(zip(names, contents, strict=True)):
+        torch.save({"state_dict": network(seed), **content} if content else network(seed), tmp_path / f"{name}.pt")
+    assert import_checkpoints(tmp_path, tmp_path / "zoo").checkpoints == len(names)
+    assert Zoo(tmp_path / "zoo").column("step").tolist() == steps
+
+
+def test_another_network_of_the_same_run_and_step_is_not_called_known(tmp_path: Path) -> None:
+    for number, folder in enumerate(("one", "two")):
+        (tmp_path / folder / "run").mkdir(parents=True)
+        torch.save(network(number), tmp_path / folder / "run" / "step_1.pt")
+    zoo = tmp_path / "zoo"
+    assert import_checkpoints(tmp_path / "one" / "run", zoo).checkpoints == 1
+    report = import_checkpoints(tmp_path / "two" / "run", zoo)
+    assert (report.checkpoints, report.known) == (0, 0)
+    assert "another network is there already as step 1 of run 'run'" in str(report)
+    assert import_checkpoints(tmp_path / "one" / "run", zoo).known == 1
+
+
+def test_tensors_are_no_metrics_and_metrics_no_reserved_columns(tmp_path: Path) -> None:
+    torch.save({**network(1), "count": torch.tensor(3.0)}, tmp_path / "step1.pt")
+    torch.save(
+        {"state_dict": {**network(2), "count": torch.tensor(3.0)}, "run": 7, "digest": 1.0}, tmp_path / "step2.pt"
+    )
+    assert import_checkpoints(tmp_path, tmp_path / "zoo").checkpoints == 2
+    zoo = Zoo(tmp_path / "zoo")
+    assert set(zoo.columns) == {"metrics.run", "metrics.digest", "source", "content"} and zoo.runs == 1
+
+
+def test_tensors_without_numbers_are_left_out_and_the_rest_goes_on(tmp_path: Path) -> None:
+    good = network(1)
+    torch.save(good, tmp_path / "step1.pt")
+    torch.save({**good, "0.weight": torch.zeros(1).expand(10**13)}, tmp_path / "step2.pt")
+    torch.save({**good, "0.weight": good["0.weight"].to_sparse()}, tmp_path / "step3.pt")
+    torch.save({name: tensor.to("meta") for name, tensor in good.items()}, tmp_path / "step4.pt")
+    whole = tmp_path / "step5.pt"
+    torch.save(good, whole, _use_new_zipfile_serialization=False)
+    for length in range(20, whole.stat().st_size, 97):
+        (tmp_path / f"step{1000 + length}.pt").write_bytes(whole.read_bytes()[:length])
+    report = import_checkpoints(tmp_path, tmp_path / "zoo", dtype="float16")
+    assert report.checkpoints == 2
+    text = str(report)
+    assert "claim more numbers than the file has" in text and text.count("sparse, quantised or without data") == 1
+    torch.save({name: tensor * 1e6 for name, tensor in good.items()}, tmp_path / "step9.pt")
+    assert "weights too large for float16" in str(import_checkpoints(tmp_path, tmp_path / "zoo", dtype="float16"))
+
+
+def test_a_zoo_without_its_metric_can_be_looked_at(tmp_path: Path) -> None:
+    torch.save(network(1), tmp_path / "step1.pt")
+    report = import_checkpoints(tmp_path, tmp_path / "zoo", metric="vall_loss")
+    assert "none of them has the metric 'vall_loss'" in str(report)
+    assert "vall_loss unknown" in repr(Zoo(tmp_path / "zoo"))

@@ -1,4 +1,5 @@
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -13,7 +14,7 @@ from mole.checkpoints.groups import plan_groups, train_group
 from mole.checkpoints.population import _Population
 from mole.checkpoints.schedules import even_steps, schedule_for
 from mole.config import HarvestConfig, TaskConfig, VaryConfig
-from mole.errors import VectorisationWarning
+from mole.errors import MoleError, VectorisationWarning
 from mole.tasks import Architecture, Classification
 from mole.tasks.supervised import DataOrder
 
@@ -285,3 +286,41 @@ def test_epoch_cosine_changes_between_epochs_only(toy: Classification) -> None:
     assert task.steps_per_epoch == 4
     rates = [learning_rate_at(task, step) for step in range(12)]
     assert rates == pytest.approx([1.0] * 4 + [0.75] * 4 + [0.25] * 4)
+
+
+def test_what_cannot_be_batched_still_depends_on_its_seed_alone(toy: Classification) -> None:
+    class Odd(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, images: Tensor) -> Tensor:
+            output = F.dropout(super().forward(images), 0.5, self.training)
+            return output * 2 if output.sum().item() > 1e9 else output
+
+    task = with_network(toy, Odd, optimizer="sgd", learning_rate=0.05)
+    with pytest.warns(VectorisationWarning):
+        together, alone = train_population(task, [1, 2, 3], [12]), train_population(task, [2], [12])
+    torch.testing.assert_close(together.weights[1], alone.weights[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_full_device_is_said_and_a_failing_compiler_done_without(
+    toy: Classification, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def broken(*args: object, **kwargs: object) -> object:
+        def compiled(*args: object) -> None:
+            raise RuntimeError("no compiler")
+
+        return compiled
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mole.checkpoints.population.vmap", lambda loss: full)
+        with pytest.raises(MoleError, match=r"no memory on cpu for 2 networks at once; lower harvest\.group_size"):
+            train_population(toy, [1, 2], [4])
+    monkeypatch.setattr(torch, "compile", broken)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", VectorisationWarning)
+        found = train_population(toy, [1, 2], [4], compiled=True)
+    assert torch.equal(found.weights, train_population(toy, [1, 2], [4]).weights)

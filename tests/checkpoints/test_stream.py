@@ -114,7 +114,7 @@ def test_a_resumed_stream_reads_no_run_again(toy: Classification, harvest: Harve
     reservoir = Reservoir(toy, harvest, 0, record=first.append)
     reservoir.close()
     second: list[dict[str, Any]] = []
-    Reservoir(toy, harvest, 0, first=reservoir.next_batch, record=second.append).close()
+    Reservoir(toy, harvest, 0, state=reservoir.state(), record=second.append).close()
     runs = [{run for record in part for run in record["runs"]} for part in (first, second)]
     assert runs[0] and runs[1] and not runs[0] & runs[1]
 
@@ -123,7 +123,7 @@ def test_diverged_runs_are_not_read_and_a_stream_of_nothing_else_says_so(
     toy: Classification, harvest: HarvestConfig
 ) -> None:
     hot = toy.with_config(toy.config.model_copy(update={"optimizer": "sgd", "learning_rate": 1e30}))
-    with pytest.raises(MoleError, match=r"every run of a group diverged; lower task\.learning_rate"):
+    with pytest.raises(MoleError, match=r"16 runs in a row diverged; lower task\.learning_rate"):
         Reservoir(hot, harvest, 0)
 
 
@@ -138,3 +138,32 @@ def test_local_groups_come_in_order_with_progress(toy: Classification, harvest: 
     found: list[Harvested] = list(make_backend(toy, harvest).run(groups, told.append))
     assert [part.group.name for part in found] == ["group-00000", "group-00001"]
     assert told == sorted(told) and told[-1] == 8 * toy.config.steps
+
+
+def test_a_resumed_stream_remembers_what_was_read_from(toy: Classification, harvest: HarvestConfig) -> None:
+    first = Reservoir(toy, harvest, 0)
+    first.close()
+    state = first.state()
+    state["flow"] |= {"low": -1.0, "reads": 5, "digests": ["a"]}
+    second = Reservoir(toy, harvest, 0, state=state)
+    second.close()
+    assert second.flow.low == -1.0 and second.flow.digests[0] == "a" and len(second.flow.digests) > 1
+    assert second.flow.checkpoints > first.flow.checkpoints and second.flow.before == first.flow.checkpoints
+
+
+def test_threads_that_build_networks_do_not_disturb_each_other(toy: Classification) -> None:
+    wanted = toy.initial(range(40))
+    stop = threading.Event()
+
+    def disturb() -> None:
+        while not stop.is_set():
+            toy.architecture.build(7)
+            torch.manual_seed(1)
+            torch.rand(3)
+
+    other = threading.Thread(target=disturb)
+    other.start()
+    found = [toy.initial(range(40)) for _ in range(5)]
+    stop.set()
+    other.join()
+    assert all(torch.equal(part, wanted) for part in found)

@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mole.checkpoints import Header, Zoo, ZooWriter, verify
 from mole.checkpoints.format import ShardFiles, shards
 from mole.errors import CorruptFileError, MoleError
 from mole.files import read_json, write_json
+from mole.representations import WeightSpec
 from mole.tasks import Classification
 
 HEADER = Header("loss", "float32", {"seed": 0})
@@ -353,8 +355,43 @@ def test_a_zoo_without_a_metric_and_columns_that_contradict(tmp_path: Path, toy:
         Zoo(tmp_path).finished()
     with ZooWriter(tmp_path, HEADER, "b") as writer:
         writer.write("b-0", toy.spec, torch.ones(1, 39), {"run": ["y"], "step": [0], "loss": [1.0], "tag": [7]})
-    with pytest.raises(MoleError, match="a column holds numbers in one shard and texts in another"):
+    assert Zoo(tmp_path).column("tag").tolist() == ["b", "7"]
+    with ZooWriter(tmp_path, HEADER, "c") as writer:
+        writer.write("c-0", toy.spec, torch.ones(1, 39), {"run": ["z"], "step": [0], "loss": [1.0], "tag": [[7]]})
+    with pytest.raises(MoleError, match="the shards disagree on what a column holds"):
         Zoo(tmp_path)
+
+
+def test_truths_and_numbers_of_several_shards_become_numbers(tmp_path: Path, toy: Classification) -> None:
+    for name, value in (("a", True), ("b", 7), ("c", 0.5)):
+        with ZooWriter(tmp_path, HEADER, name) as writer:
+            row = {"run": [name], "step": [0], "loss": [1.0], "tag": [value]}
+            writer.write(f"{name}-0", toy.spec, torch.ones(1, 39), row)
+    assert Zoo(tmp_path).column("tag").tolist() == [1.0, 7.0, 0.5]
+
+
+def test_a_layout_that_is_gone_is_a_fault(tmp_path: Path, toy: Classification) -> None:
+    write(tmp_path, toy)
+    (layout,) = (tmp_path / "layouts").iterdir()
+    layout.unlink()
+    assert verify(tmp_path) == [f"{layout}: missing"]
+
+
+def test_counters_beyond_float16_stay_finite_and_weights_beyond_it_are_told(tmp_path: Path) -> None:
+    state = {"weight": torch.ones(2), "num_batches_tracked": torch.tensor(70_000)}
+    spec = WeightSpec.of_state(state)
+    with ZooWriter(tmp_path, replace(HEADER, dtype="float16"), "a") as writer:
+        flat = spec.flatten(state)[None]
+        writer.write("a-0", spec, flat, {"run": ["x"], "step": [0], "loss": [1.0]})
+        assert writer.fits(spec, torch.cat([flat, flat * 1e6])).tolist() == [True, False]
+    assert Zoo(tmp_path).read([0]).tolist() == [[1, 1, 65504]]
+
+
+def test_a_metric_cannot_have_the_name_of_a_column_with_a_meaning() -> None:
+    with pytest.raises(MoleError, match=r"metric 'step': this column has another meaning"):
+        Header("step", "float32", {})
+    with pytest.raises(MoleError, match=r"dtype 'int8'; legal is float32, float16, bfloat16"):
+        Header("loss", "int8", {})  # type: ignore[arg-type]
 
 
 def test_an_unfinished_shard_is_invisible_also_to_others(tmp_path: Path, toy: Classification) -> None:

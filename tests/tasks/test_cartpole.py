@@ -118,7 +118,21 @@ def test_rollouts_hold_real_transitions_and_start_again_after_a_fall(task: CartP
 
 
 def test_policies_learn_to_balance() -> None:
-    task = load_task(TaskConfig(name="cartpole", steps=640))
-    weights = train_population(task, [0, 1], [0, 640]).weights
+    task = load_task(TaskConfig(name="cartpole", steps=1280))
+    weights = train_population(task, [0, 1], [0, 1280]).weights
     found = task.measure(weights, "prompt")["return"].reshape(2, 2)
     assert (found[:, 1] > found[:, 0] + 20).all()
+
+
+def test_a_policy_that_computes_nan_falls_at_once(task: CartPole) -> None:
+    wild = torch.randn(3, task.spec.size, generator=torch.Generator().manual_seed(0)) * 1e18
+    assert wild.isfinite().all()
+    assert (task.measure(wild, "test")["return"] < 20).all()
+
+
+def test_the_critic_of_a_run_is_not_the_policy_of_the_next(task: CartPole) -> None:
+    critic, policy = (
+        task.learner(0).state_dict()["critic.0.weight"],
+        task.learner(1).state_dict()["policy.actor.0.weight"],
+    )
+    assert critic.shape == policy.shape and not torch.equal(critic, policy)
