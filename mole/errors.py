@@ -22,5 +22,9 @@ class PromptWarning(UserWarning):
     """A prompt lies outside what the generator was trained on."""
 
 
+class SymmetryWarning(UserWarning):
+    """Less is known to be interchangeable in a network than it might be."""
+
+
 class VectorisationWarning(UserWarning):
     """A population is trained one network at a time, because its network cannot be batched."""

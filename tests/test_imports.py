@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": {"files"},
     "tracking": {"config"},
     "stages": {"config", *BASE},
-    "representations": BASE,
+    "representations": {"seeding", *BASE},
     "tasks": {"config", "representations", "seeding", *BASE},
     "checkpoints": {"config", "representations", "tasks", *BASE},
     "diffusion": {"config", "reporting", "representations", "seeding", "tasks", "checkpoints", *BASE},

@@ -34,6 +34,7 @@ class Buffer:
     def _clear(self) -> None:
         self.columns: dict[str, list[Any]] = {}
         self.weights: list[Tensor] = []
+        self.tables: list[Tensor] = []
         self.since = time.monotonic()
         """When the first checkpoint of the next shard could have come."""
 
@@ -43,8 +44,8 @@ class Buffer:
         count = len(self.weights)
         return count >= SHARD_ROWS or count * self.spec.size * 4 >= SHARD_BYTES
 
-    def add(self, row: dict[str, Any], flat: Tensor) -> bool:
-        """One more checkpoint: its columns, and its weights (P,).
+    def add(self, row: dict[str, Any], flat: Tensor, table: Tensor) -> bool:
+        """One more checkpoint: its columns, its weights (P,) and its whole numbers (Q,).
 
         Returns:
             Whether it was taken: every weight is a finite number in the zoo's dtype.
@@ -56,8 +57,9 @@ class Buffer:
         for name in row.keys() - self.columns.keys():
             self.columns[name] = [None] * count
         for name, values in self.columns.items():
-            values.append(row.get(name))
+            values.append(plain(row.get(name)))
         self.weights.append(stored)
+        self.tables.append(table.detach().cpu())
         return True
 
     def update_last(self, values: dict[str, Any]) -> None:
@@ -65,14 +67,19 @@ class Buffer:
         for name, value in values.items():
             self.columns.setdefault(name, [None] * len(self.weights))[-1] = value
 
+    def set_all(self, name: str, value: Any) -> None:
+        """Give a column this value in every checkpoint that has not been written yet."""
+        self.columns[name] = [value] * len(self.weights)
+
     def flush(self) -> None:
         """Write what has gathered."""
         if self.weights:
             columns = dict(sorted(self.columns.items()))
-            name, weights = f"{self.writer.name}-{self.number:05d}", torch.stack(self.weights)
+            name = f"{self.writer.name}-{self.number:05d}"
+            weights, table = torch.stack(self.weights), torch.stack(self.tables)
             self.number += 1
             self._clear()  # also if the disk is full: the next shard is not to fail for this one
-            self.writer.write(name, self.spec, weights, columns)
+            self.writer.write(name, self.spec, weights, columns, table=table)
 
     def close(self) -> None:
         """Write what has gathered, and let the name go."""
@@ -96,3 +103,10 @@ class Buffer:
             contents = table["content"].to_pylist() if "content" in names else [None] * len(table)
             found |= dict(zip(keys, contents, strict=True))
         return found
+
+
+def plain(value: Any) -> Any:
+    """A value that a column can hold: larger whole numbers as texts, and texts without what UTF-8 lacks."""
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+        value = str(value)
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

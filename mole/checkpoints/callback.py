@@ -17,7 +17,7 @@ from torch import nn
 from mole.checkpoints.buffer import Buffer
 from mole.checkpoints.format import Dtype, Header, column_names
 from mole.checkpoints.writer import ZooWriter
-from mole.errors import MoleError
+from mole.errors import MoleError, SymmetryWarning
 from mole.representations import WeightSpec
 
 FLUSH_SECONDS = 60.0
@@ -92,7 +92,7 @@ class Harvest(L.Callback):
         network = self._network(pl_module)
         if trainer.is_global_zero:
             self._factors = _plain(dict(getattr(pl_module, "hparams", {})))
-            self._buffer = self._open(network)
+            self._buffer = self._open(network, pl_module)
             self._keep(trainer, network)
 
     def on_train_batch_end(
@@ -132,8 +132,8 @@ class Harvest(L.Callback):
             names = [name for name, _ in module.named_children()]
             raise MoleError(f"submodule {self.submodule!r}: not there; {type(module).__name__} has {names}") from None
 
-    def _open(self, network: nn.Module) -> Buffer:
-        spec = spec_of(network)
+    def _open(self, network: nn.Module, pl_module: L.LightningModule) -> Buffer:
+        spec = self._spec(network, pl_module)
         buffer = Buffer(ZooWriter(self.path, self.header, self.run), spec)
         last = buffer.last_step(self.run)
         if last is not None and not self._resumed:
@@ -144,6 +144,13 @@ class Harvest(L.Callback):
         self._last = -1 if last is None else last
         return buffer
 
+    def _spec(self, network: nn.Module, pl_module: L.LightningModule) -> WeightSpec:
+        """The network's specification; its symmetry, as far as it can be derived from example inputs."""
+        given = getattr(pl_module, "example_input_array", None) if network is pl_module else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SymmetryWarning)
+            return WeightSpec.of(network, given)
+
     def _keep(self, trainer: L.Trainer, network: nn.Module, *, validated: bool = False) -> None:
         assert self._buffer is not None
         step = trainer.global_step
@@ -153,14 +160,16 @@ class Harvest(L.Callback):
                 self._buffer.update_last(metrics)
             return
         self._last = step
-        flat = self._buffer.spec.flatten(network.state_dict())
-        if not self._buffer.add({**self._factors, **metrics, "run": self.run, "step": step}, flat):
+        state, spec = network.state_dict(), self._buffer.spec
+        flat, table = spec.flatten(state), spec.flatten_table(state)
+        if not self._buffer.add({**self._factors, **metrics, "run": self.run, "step": step}, flat, table):
             if not self.skipped:
                 warnings.warn(
                     f"step {step}: weights that are no finite {self.header.dtype} numbers are left out of {self.path}",
                     stacklevel=2,
                 )
             self.skipped += 1
+            self._buffer.set_all("diverged", True)
             return
         if self._buffer.is_full or time.monotonic() - self._buffer.since > FLUSH_SECONDS:
             self._buffer.flush()
@@ -188,14 +197,6 @@ class Harvest(L.Callback):
         if self._buffer is not None:
             self._buffer.close()
             self._buffer = None
-
-
-def spec_of(network: nn.Module) -> WeightSpec:
-    """The specification of any network: with its symmetry where that can be derived and proved, else without."""
-    try:
-        return WeightSpec.of(network)
-    except MoleError:
-        return WeightSpec.of_state(network.state_dict())
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

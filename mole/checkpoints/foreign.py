@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mole.checkpoints.buffer import plain
 from mole.checkpoints.gpt import NETWORKS, step_of_key
 from mole.errors import CorruptFileError
 from mole.files import read_json
@@ -45,8 +46,6 @@ class Candidate:
     name: str
     """As the report calls it."""
     run: str
-    place: int = 0
-    """Which file of its folder it is, in natural order."""
     is_lmdb: bool = False
 
 
@@ -55,7 +54,8 @@ class Found:
     """One network that was found."""
 
     run: str
-    step: int
+    step: int | None
+    """None if nothing tells it: the order of the files does."""
     state: dict[str, Tensor]
     name: str
     """Where it was."""
@@ -89,8 +89,9 @@ def _files(source: Path, folder: Path, run: str, files: list[Path]) -> list[Cand
     found, sharded = [], _sharded(folder)
     if sharded:
         found.append(Candidate(sharded, sharded[0].relative_to(source).as_posix(), run))
-    for place, path in enumerate(path for path in files if path not in sharded):
-        found.append(Candidate([path], path.relative_to(source).as_posix(), run, place))
+    for path in files:
+        if path not in sharded:
+            found.append(Candidate([path], path.relative_to(source).as_posix(), run))
     return found
 
 
@@ -129,16 +130,18 @@ def read_file(file: Candidate) -> Found:
             raise UnusableError("no state dict in it")
         for name, tensor in part.items():
             _check_tensor(name, tensor)
-        state |= part
+        state |= {name: tensor.detach() for name, tensor in part.items()}
         if part.keys() == content.keys():
             content = {}  # tensors alone: none of them is a metric
     lightning = "pytorch-lightning_version" in content
     state = _without_prefixes(state, lightning=lightning)
+    if any(name != plain(name) for name in state):
+        raise UnusableError("names that are no Unicode text")
     if not any(tensor.is_floating_point() for tensor in state.values()):
         raise UnusableError("no state dict in it")
     metrics = {**_metrics_of_name(file.paths[0]), **_metrics_of_content(content), **_metrics_of_trainer(file.paths[0])}
     step = _step(file.paths[0], content)
-    return Found(file.run, file.place if step is None else step, state, file.name, metrics)
+    return Found(plain(file.run), step, state, plain(file.name), metrics)
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -215,7 +218,7 @@ def _step(path: Path, content: Mapping[str, Any]) -> int | None:
 def _whole(value: Any) -> int | None:
     """A whole number of at least 0; None for anything else."""
     number = _number(value)
-    return int(number) if number is not None and number >= 0 and number == int(number) else None
+    return int(number) if number is not None and 0 <= number < 2**53 and number == int(number) else None
 
 
 def _last(numbers: list[str]) -> int | None:
@@ -252,7 +255,7 @@ def _metrics_of_trainer(path: Path) -> dict[str, float]:
     try:
         content = read_json(state)
         rows = [row for row in content["log_history"] if row.get("step") == content["global_step"]]
-    except (CorruptFileError, KeyError, TypeError, AttributeError):
+    except (CorruptFileError, KeyError, TypeError, AttributeError, RecursionError):
         raise UnusableError("its trainer_state.json is damaged") from None
     numbers = {name: _number(value) for row in rows for name, value in row.items() if name != "step"}
     return {name: value for name, value in numbers.items() if value is not None}
@@ -262,9 +265,12 @@ def _number(value: Any) -> float | None:
     """A finite number as a float; None for anything else."""
     if isinstance(value, Tensor):
         value = value.item() if value.numel() == 1 and not value.is_complex() else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        return float(value) if isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def read_lmdb(file: Candidate, spec: WeightSpec | None) -> Iterator[Found]:

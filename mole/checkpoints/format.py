@@ -14,7 +14,7 @@ from mole.errors import CorruptFileError, MoleError
 from mole.files import file_digest, read_json, replacing, value_digest, write_json
 from mole.representations import WeightSpec
 
-FORMAT = 2
+FORMAT = 3
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -216,10 +216,16 @@ def weights_shape(path: Path, dtype: Dtype) -> tuple[int, int]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")
-            tensor = json.loads(file.read(length))["weights"]
+            header = json.loads(file.read(length))
+            tensor = header["weights"]
             (rows, size), (start, stop) = tensor["shape"], tensor["data_offsets"]
             expected = rows * size * TORCH_DTYPES[dtype].itemsize
             found = path.stat().st_size - 8 - length
+            if "table" in header:
+                (many, whole), dtype_found = header["table"]["shape"], header["table"]["dtype"]
+                if many != rows or dtype_found != "I64":
+                    raise ValueError(f"a table of {many} rows of {dtype_found} where {rows} of I64 belong")
+                found -= many * whole * 8
             if tensor["dtype"] != SAFETENSORS_DTYPES[dtype] or stop - start != expected or found != expected:
                 raise ValueError(f"{found} bytes of {tensor['dtype']} weights where {expected} of {dtype} belong")
     except FileNotFoundError:
@@ -229,6 +235,16 @@ def weights_shape(path: Path, dtype: Dtype) -> tuple[int, int]:
     return rows, size
 
 
-def write_seal(files: ShardFiles, weights: str, index: str, seconds: float) -> None:
-    """Write down the digests of a shard's other two files, and the seconds it took."""
-    write_json(files.seal, sealed({"weights": weights, "index": index, "seconds": seconds}))
+def write_seal(files: ShardFiles, weights: str, index: str, header: Header, seconds: float) -> None:
+    """Write down the digests of a shard's other two files and of the zoo's header, and the seconds it took."""
+    rest = {"zoo": header.to_json()["seal"], "seconds": seconds}
+    write_json(files.seal, sealed({"weights": weights, "index": index, **rest}))
+
+
+def belongs(folder: Path, header: Header) -> bool:
+    """Whether every shard was written under this header, which a damaged `zoo.json` cannot tell any more."""
+    try:
+        seals = [read_sealed(files.seal, {"zoo"})["zoo"] for files in shards(folder)]
+    except (CorruptFileError, FileNotFoundError):
+        return False
+    return bool(seals) and set(seals) == {header.to_json()["seal"]}

@@ -47,6 +47,8 @@ class Harvested:
     """`run`, `step`, `seed`, `diverged`, factors and metrics, each with n values."""
     weights: Tensor
     """(n, P) float32."""
+    table: Tensor
+    """(n, Q) int64."""
     diverged: int
     """Runs of the group that diverged."""
     seconds: float
@@ -59,7 +61,7 @@ class Harvested:
         kept = rows.nonzero()[:, 0].tolist()
         columns = {name: [values[i] for i in kept] for name in self.columns for values in [self.values(name)]}
         columns["diverged"] = [run in lost or was for run, was in zip(columns["run"], columns["diverged"], strict=True)]
-        return replace(self, columns=columns, weights=self.weights[rows])
+        return replace(self, columns=columns, weights=self.weights[rows], table=self.table[rows])
 
     def values(self, column: str) -> list[Any]:
         """A column as plain values."""
@@ -70,7 +72,7 @@ class Harvested:
     def digest(self) -> str:
         """SHA-256 of the runs, the steps and every bit of the weights."""
         named = [self.values("run"), self.values("step")]
-        return value_digest([named, weights_digest(self.weights)])
+        return value_digest([named, weights_digest(self.weights), weights_digest(self.table)])
 
 
 def plan_groups(task: TaskConfig, harvest: HarvestConfig, seed: int, runs: Sequence[int]) -> list[Group]:
@@ -118,7 +120,7 @@ def train_group(task: Task, group: Group, harvest: HarvestConfig, progress: Prog
         **{name: values.float().cpu() for name, values in metrics.items()},
     }
     diverged = int(history.diverged.sum())
-    return Harvested(group, columns, history.weights, diverged, time.perf_counter() - began)
+    return Harvested(group, columns, history.weights, history.table, diverged, time.perf_counter() - began)
 
 
 def run_name(run: int) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from mole.checkpoints import foreign
@@ -60,7 +61,7 @@ def import_checkpoints(
     *,
     metric: str | None = None,
     module: nn.Module | None = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportReport:
     """Take checkpoint files into a zoo.
@@ -75,7 +76,7 @@ def import_checkpoints(
         into: folder of the zoo, which is created if there is none.
         metric: the one that generators shall be conditioned on; by default the first of `METRICS` that is found.
         module: the network, if its symmetry shall be known; its names and shapes decide what fits.
-        dtype: of the weights on disk.
+        dtype: of the weights on disk; by default the zoo's, or float32.
         progress: told how many files have been read, and of how many.
 
     Returns:
@@ -109,10 +110,10 @@ class _Intake:
     """The open zoo of an import, and the layout that everything must fit."""
 
     def __init__(
-        self, zoo: Path, report: ImportReport, metric: str | None, spec: WeightSpec | None, dtype: Dtype
+        self, zoo: Path, report: ImportReport, metric: str | None, spec: WeightSpec | None, dtype: Dtype | None
     ) -> None:
         self.zoo, self.report, self.metric, self.spec = zoo, report, metric, spec
-        self.dtype: Dtype = dtype
+        self.dtype: Dtype = dtype or "float32"
         self.known: dict[tuple[str, int], str | None] = {}
         self.buffer: Buffer | None = None
         self.has_metric = False
@@ -120,6 +121,8 @@ class _Intake:
             header = read_header(zoo)
             if metric is not None and metric != header.metric:
                 raise MoleError(f"{zoo}: a zoo of metric {header.metric!r}; legal here is that one, or another folder")
+            if dtype is not None and dtype != header.dtype:
+                raise MoleError(f"{zoo}: a zoo of dtype {header.dtype}; legal here is that one, or another folder")
             self.metric, self.dtype = header.metric, header.dtype
             layouts = list(read_layouts(zoo).values())
             self.spec = self.spec or (layouts[0] if layouts else None)
@@ -146,38 +149,52 @@ class _Intake:
         except MoleError as error:
             self.report.skip(str(error), found.name)
             return
+        if spec.dtype != torch.float32:
+            self.report.skip("float64 weights, which no zoo holds", found.name)
+            return
         self.spec = self.spec or spec
         difference = differences(self.spec, spec)
         if difference is not None:
             self.report.skip(f"another shape than the first: {difference}", found.name)
             return
-        flat = self.spec.flatten(found.state)
+        flat, table = self.spec.flatten(found.state), self.spec.flatten_table(found.state)
         if not flat.isfinite().all():
             self.report.skip("weights that are NaN or infinite", found.name)
             return
         metrics = column_names(found.metrics, "metrics")
         buffer = self._open(metrics)
         content = weights_digest(flat)[:16]
-        if (found.run, found.step) in self.known:
-            if self.known[found.run, found.step] in (content, None):
-                self.report.known += 1
-            else:
-                self.report.skip(
-                    f"another network is there already as step {found.step} of run {found.run!r}: let file names tell "
-                    "their steps, and import the folder above the runs' folders, whose names tell runs apart",
-                    found.name,
-                )
+        step = self._step(found, content)
+        if step is None:
             return
-        row = {**metrics, "run": found.run, "step": found.step, "source": found.name, "content": content}
-        if not buffer.add(row, flat):
+        row = {**metrics, "run": found.run, "step": step, "source": found.name, "content": content}
+        if not buffer.add(row, flat, table):
             self.report.skip(f"weights too large for {self.dtype}", found.name)
             return
-        self.known[found.run, found.step] = content
+        self.known[found.run, step] = content
         self.has_metric = self.has_metric or self.metric in metrics
         self.report.checkpoints += 1
         self.report.runs.add(found.run)
         if buffer.is_full:
             buffer.flush()
+
+    def _step(self, found: Found, content: str) -> int | None:
+        """The step to keep a network as; None, and that is counted, if it is known, or another one has its place."""
+        mine = (
+            {step: kept for (run, step), kept in self.known.items() if run == found.run} if found.step is None else {}
+        )
+        step = max(mine, default=-1) + 1 if found.step is None else found.step
+        if content in mine.values() or self.known.get((found.run, step), "") in (content, None):
+            self.report.known += 1
+        elif (found.run, step) in self.known:
+            self.report.skip(
+                f"another network is there already as step {step} of run {found.run!r}: let file names tell "
+                "their steps, and import the folder above the runs' folders, whose names tell runs apart",
+                found.name,
+            )
+        else:
+            return step
+        return None
 
     def _open(self, metrics: dict[str, float]) -> Buffer:
         if self.buffer is None:

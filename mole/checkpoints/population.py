@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +50,8 @@ class History:
     """(rows,), optimiser steps it has taken."""
     weights: Tensor
     """(rows, P) float32, on the CPU."""
+    table: Tensor
+    """(rows, Q) int64, the whole numbers of each state."""
     diverged: Tensor
     """(N,) bool: the run's loss or weights became NaN or infinite; its rows end before that."""
 
@@ -90,7 +93,7 @@ def train_population(
         schedule = AtSteps(schedule)
     total = task.config.steps if steps is None else steps
     size = len(seeds) if task.device.type == "cuda" else max(1, CACHED_NUMBERS // task.numbers_per_step)
-    kept: list[tuple[Tensor, int, Tensor]] = []
+    kept: list[Kept] = []
     diverged = torch.zeros(len(seeds), dtype=torch.bool)
     for low in range(0, len(seeds), size):
         part = range(low, min(low + size, len(seeds)))
@@ -99,7 +102,7 @@ def train_population(
         for step in range(total + 1):
             due = schedule.due(step, population.runs + low, population.losses)
             if due is not None:
-                kept.append((population.runs[due] + low, step, population.weights(due)))
+                kept.append(Kept(population.runs[due] + low, step, *population.weights(due)))
             if step == total or not len(population.runs):
                 break
             population.step(step)
@@ -111,25 +114,35 @@ def train_population(
     return _history(kept, diverged, task.spec.size)
 
 
-def _history(kept: list[tuple[Tensor, int, Tensor]], diverged: Tensor, size: int) -> History:
-    runs = torch.cat([run for run, _, _ in kept])
-    steps = torch.cat([torch.full((len(run),), step) for run, step, _ in kept])
+class Kept(NamedTuple):
+    """States of some runs at one step."""
+
+    runs: Tensor
+    step: int
+    weights: Tensor
+    table: Tensor
+
+
+def _history(kept: list[Kept], diverged: Tensor, size: int) -> History:
+    runs = torch.cat([part.runs for part in kept])
+    steps = torch.cat([torch.full((len(part.runs),), part.step) for part in kept])
+    table = torch.cat([part.table for part in kept])
     order = torch.from_numpy(np.lexsort((steps.numpy(), runs.numpy())))
     weights = torch.empty(len(order), size)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
     low = 0
-    for index, (run, _, part) in enumerate(kept):
-        weights[place[low : low + len(run)]] = part
-        kept[index] = (run, 0, part[:0])  # its memory is not held twice
-        low += len(run)
-    runs, steps = runs[order], steps[order]
+    for index, part in enumerate(kept):
+        weights[place[low : low + len(part.runs)]] = part.weights
+        kept[index] = part._replace(weights=part.weights[:0])  # its memory is not held twice
+        low += len(part.runs)
+    runs, steps, table = runs[order], steps[order], table[order]
     finite = torch.tensor([bool(row.isfinite().all()) for row in weights], dtype=torch.bool)
     if not finite.all():
         diverged = diverged.clone()
         diverged[runs[~finite]] = True
-        runs, steps, weights = runs[finite], steps[finite], weights[finite]
-    return History(runs, steps, weights, diverged)
+        runs, steps, weights, table = runs[finite], steps[finite], weights[finite], table[finite]
+    return History(runs, steps, weights, table, diverged)
 
 
 class _Population:
@@ -261,12 +274,14 @@ class _Population:
                 for key, value in moment.items()
             }
 
-    def weights(self, due: Tensor) -> Tensor:
-        """Weights (m, P) of the runs that are due, on the CPU."""
+    def weights(self, due: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (m, P) and whole numbers (m, Q) of the runs that are due, on the CPU."""
         spec, prefix = self.task.spec, self.task.prefix
-        state = {entry.name: self.state[prefix + entry.name].detach() for entry in spec.entries}
-        flat = spec.flatten(state)
-        return (flat if due.all() else flat[due.to(flat.device)]).cpu()
+        names = [entry.name for entry in (*spec.entries, *spec.table)]
+        state = {name: self.state[prefix + name].detach() for name in names}
+        parts = spec.flatten(state), spec.flatten_table(state)
+        flat, table = (part if due.all() else part[due.to(part.device)] for part in parts)
+        return flat.cpu(), table.cpu()
 
     def diverged(self) -> Tensor:
         """(N,) bool, for the whole population it began with."""

@@ -27,15 +27,22 @@ class Source(Protocol):
         """Weights (n, P) float32 of the checkpoints at `rows` (n,)."""
         ...
 
+    def table(self, row: int) -> Tensor | None:
+        """Whole numbers (Q,) of one checkpoint; None where there are none."""
+        ...
+
 
 class MemorySource:
     """Weights (n, P) in memory."""
 
-    def __init__(self, weights: Tensor) -> None:
-        self.weights = weights
+    def __init__(self, weights: Tensor, table: Tensor | None = None) -> None:
+        self.weights, self.whole = weights, table
 
     def read(self, rows: Tensor) -> Tensor:
         return self.weights.index_select(0, rows)
+
+    def table(self, row: int) -> Tensor | None:
+        return self.whole[row] if self.whole is not None else None
 
 
 class ShardSource:
@@ -60,6 +67,16 @@ class ShardSource:
             here = (shard == number).nonzero()[:, 0]
             out.index_copy_(0, here, self._shard(number).index_select(0, inside[here]).float())
         return out
+
+    def table(self, row: int) -> Tensor | None:
+        shard = int(torch.searchsorted(self.ends, torch.tensor([row]), right=True))
+        inside = row - (int(self.ends[shard - 1]) if shard else 0)
+        path = self.files[shard].weights
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_slice("table")[inside] if "table" in file.keys() else None  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CorruptFileError(f"{path}: {error}") from None
 
     def _shard(self, number: int) -> Tensor:
         """Weights (n, P) of a shard, mapped: only what is read is loaded."""

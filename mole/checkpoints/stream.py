@@ -109,6 +109,7 @@ class Reservoir:
     ) -> None:
         self.task, self.harvest, self.record = task, harvest, record
         self.runs: list[LiveRun] = []
+        self.change: Callable[[Tensor], Tensor] = lambda weights: weights
         self.lost = 0
         """Runs in a row that diverged, whole groups of them."""
         self.flow = Flow.resumed(state["flow"]) if state else Flow()
@@ -143,6 +144,12 @@ class Reservoir:
         self.flow.reads += 2
         return True
 
+    def prepare(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the weights (K, P) of every run, of those that are here and of those to come."""
+        self.change = change
+        for run in self.runs:
+            run.weights = change(run.weights)
+
     def _refill(self) -> None:
         while len(self.runs) + self.harvest.group_size <= self.harvest.reservoir:
             needed = len(self.runs) < self.floor
@@ -162,7 +169,7 @@ class Reservoir:
         starts = [i for i in range(len(names)) if i == 0 or names[i] != names[i - 1]]
         for low, high in zip(starts, [*starts[1:], len(names)], strict=True):
             if not diverged[low] and bool(loss[low:high].isfinite().all()):
-                weights = found.weights[low:high].clone()  # not a view, which would keep its whole group in memory
+                weights = self.change(found.weights[low:high].clone())  # a view would keep its whole group in memory
                 self.runs.append(LiveRun(weights, loss[low:high], [0] * (high - low)))
                 self.flow.runs += 1
                 self.flow.checkpoints += high - low

@@ -95,21 +95,38 @@ class ZooWriter:
         return runs is None or _runs(files) == sorted(runs)
 
     def stored(self, spec: WeightSpec, weights: Tensor) -> Tensor:
-        """Weights (*N, P) in the zoo's dtype; what is too large for it becomes infinite, but counters stay finite."""
-        dtype = TORCH_DTYPES[self.header.dtype]
-        found = weights.to(dtype)
-        if dtype == torch.float16:
-            for entry in spec.entries:
-                if not entry.dtype.is_floating_point:
-                    part = slice(entry.offset, entry.stop)
-                    found[..., part] = weights[..., part].clamp(max=torch.finfo(dtype).max)
-        return found
+        """Weights (*N, P) in the zoo's dtype; what is too large for it becomes infinite.
+
+        Raises:
+            MoleError: the network has float64 tensors, which no zoo holds.
+        """
+        if spec.dtype != torch.float32:
+            names = ", ".join(e.name for e in spec.entries if e.dtype == torch.float64)
+            raise MoleError(f"{self.folder}: a zoo holds at most float32; {names} is float64: use module.float()")
+        return weights.to(TORCH_DTYPES[self.header.dtype])
+
+    def keep_layout(self, spec: WeightSpec) -> str:
+        """Write a layout down unless it is there; returns its name."""
+        layout = spec.fingerprint[:16]
+        if layout not in self.known:
+            write_once(layout_path(self.folder, layout), spec.to_json())
+            self.known.add(layout)
+        return layout
 
     def fits(self, spec: WeightSpec, weights: Tensor) -> Tensor:
         """Which of the networks (n, P) can be kept in the zoo's dtype: (n,) bool."""
         return torch.cat([self.stored(spec, part).isfinite().all(-1) for part in weights.split(4096)])
 
-    def write(self, shard: str, spec: WeightSpec, weights: Tensor, columns: Columns, *, seconds: float = 0.0) -> None:
+    def write(
+        self,
+        shard: str,
+        spec: WeightSpec,
+        weights: Tensor,
+        columns: Columns,
+        *,
+        table: Tensor | None = None,
+        seconds: float = 0.0,
+    ) -> None:
         """Write one shard.
 
         Args:
@@ -117,6 +134,7 @@ class ZooWriter:
             spec: layout of its networks, stored once per zoo.
             weights: (n, P), finite.
             columns: `run` and `step`, factors, metrics; each with n values.
+            table: (n, Q) int64, the whole numbers of the networks; 0 without it.
             seconds: that its networks took to train.
 
         Raises:
@@ -132,19 +150,22 @@ class ZooWriter:
                 f"{self.folder}: shard {shard} holds weights that are NaN, infinite or too large for "
                 f"{self.header.dtype}; leave them out, or choose dtype bfloat16 or float32"
             )
-        layout = spec.fingerprint[:16]
-        if layout not in self.known:
-            write_once(layout_path(self.folder, layout), spec.to_json())
-            self.known.add(layout)
+        tensors = {"weights": stored}
+        if spec.table_size:
+            whole = torch.zeros(count, spec.table_size, dtype=torch.int64) if table is None else table
+            if whole.shape != (count, spec.table_size):
+                raise MoleError(f"{self.folder}: a table of shape {tuple(whole.shape)} for {count} checkpoints")
+            tensors["table"] = whole.contiguous()
+        layout = self.keep_layout(spec)
         files = self.files(shard)
         files.index.unlink(missing_ok=True)
         with replacing(files.weights) as temporary:
-            save_file({"weights": stored}, temporary, metadata={"layout": layout})
+            save_file(tensors, temporary, metadata={"layout": layout})
         digest = file_digest(files.weights)
         index = _parquet(
             {"diverged": [False] * count, **columns, "layout": [layout] * count, "digest": [digest] * count}
         )
-        write_seal(files, digest, hashlib.sha256(index).hexdigest(), seconds)
+        write_seal(files, digest, hashlib.sha256(index).hexdigest(), self.header, seconds)
         with replacing(files.index) as temporary:
             temporary.write_bytes(index)
 

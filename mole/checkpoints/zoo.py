@@ -32,10 +32,12 @@ class Checkpoint:
     weights: Tensor
     """(P,) float32."""
     spec: WeightSpec
+    table: Tensor | None = None
+    """(Q,) int64, whole numbers."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights under the names of the network's own tensors."""
-        return self.spec.unflatten(self.weights)
+        return self.spec.unflatten(self.weights, self.table)
 
 
 class Zoo:
@@ -78,10 +80,11 @@ class Zoo:
         columns: dict[str, Any],
         weights: Tensor,
         *,
+        table: Tensor | None = None,
         metric: str = "loss",
         name: str = "in memory",
     ) -> "Zoo":
-        """A zoo in memory: columns `run`, `step`, metrics and factors; weights (n, P)."""
+        """A zoo in memory: columns `run`, `step`, metrics and factors; weights (n, P), whole numbers (n, Q)."""
         count = len(weights)
         full = {"diverged": [False] * count, **columns, "layout": [spec.fingerprint[:16]] * count}
         arrays = {k: pa.array(v.numpy() if isinstance(v, Tensor) else list(v)) for k, v in full.items()}
@@ -89,7 +92,7 @@ class Zoo:
         layouts = {spec.fingerprint[:16]: spec}
         zoo.digest = weights_digest(weights)
         header = Header(metric, "float32", {})
-        zoo._build("in memory", header, layouts, pa.table(arrays), MemorySource(weights), torch.arange(count))
+        zoo._build("in memory", header, layouts, pa.table(arrays), MemorySource(weights, table), torch.arange(count))
         return zoo
 
     def _build(
@@ -181,7 +184,8 @@ class Zoo:
         row = {name: self.index[name][place].as_py() for name in self.index.column_names}
         values = {name: row[name] for name in self.columns}
         weights = self.source.read(self.rows[place : place + 1])[0]
-        return Checkpoint(row["run"], row["step"], values, weights, self.layouts[row["layout"]])
+        table = self.source.table(int(self.rows[place]))
+        return Checkpoint(row["run"], row["step"], values, weights, self.layouts[row["layout"]], table)
 
     def __iter__(self) -> Iterator[Checkpoint]:
         return (self[place] for place in range(len(self)))
@@ -212,15 +216,20 @@ class Zoo:
             values = self.column(name)
             if isinstance(want, Callable):
                 mask &= np.asarray(want(values), bool)
-            elif isinstance(want, list | tuple | set) and not isinstance(self.index[name][0].as_py(), list):
+            elif pa.types.is_list(self.index[name].type):
+                among = want if want and isinstance(next(iter(want)), list | tuple) else [want]
+                mask &= np.array([any(list(value) == list(one) for one in among) for value in values])
+            elif isinstance(want, list | tuple | set):
                 mask &= np.isin(values, list(want))
             else:
-                mask &= np.array([_same(value, want) for value in values]) if values.dtype == object else values == want
+                mask &= values == want
         return self._part(np.flatnonzero(mask), ", ".join(wanted))
 
     def finished(self) -> "Zoo":
         """The checkpoints of runs that did not diverge, whose conditioning metric is a finite number."""
-        good = ~self.column("diverged").astype(bool) & np.isfinite(self.loss.numpy())
+        bounds = self.bounds.numpy()
+        diverged = np.logical_or.reduceat(self.column("diverged").astype(bool), bounds[:-1])  # one row tells of a run
+        good = ~np.repeat(diverged, np.diff(bounds)) & np.isfinite(self.loss.numpy())
         if not good.any():
             raise MoleError(f"{self.name}: every run diverged, or has no {self.metric}; lower task.learning_rate")
         return self if good.all() else self._part(np.flatnonzero(good), f"diverged, {self.metric}")
@@ -271,7 +280,3 @@ def _codes(index: pa.Table, name: str) -> np.ndarray:
 def _in_order(codes: np.ndarray, steps: np.ndarray) -> bool:
     later = np.diff(codes)
     return bool(((later > 0) | ((later == 0) & (np.diff(steps) > 0))).all())
-
-
-def _same(value: Any, want: Any) -> bool:
-    return (value.tolist() if isinstance(value, np.ndarray) else value) == want

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     taken.add_argument("path", type=Path, help="a file, or a folder that is searched through")
     taken.add_argument("--into", type=Path, required=True, metavar="ZOO")
     taken.add_argument("--metric", help="the one that generators are conditioned on")
-    taken.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    taken.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     return parser
 
 

@@ -128,15 +128,30 @@ class HarvestConfig(Section):
 
 
 class GeneratorConfig(Section):
-    """The diffusion transformer."""
+    """The diffusion transformer, and how it sees weights."""
 
+    view: Literal["neurons", "chunks", "graph", "flat", "latent"] = "neurons"
+    """What its tokens are: neurons, pieces of tensors (G.pt's), the parameter graph, all at once, or a learned code."""
+    symmetry: Literal["none", "augment", "canonical", "equivariant"] = "equivariant"
+    """What is done about interchangeable neurons: nothing, random orders, one order for all by matching to a reference,
+    or tokens without a position (neurons and graph only)."""
+    chunk: Count = 64
+    """Numbers per token of `chunks`."""
+    latent: Count = 128
+    """Numbers of the learned code."""
+    latent_steps: Count = 2000
+    """Training steps of the autoencoder."""
     width: Count = 128
     layers: Count = 4
     heads: Count = 4
     mlp_ratio: Count = 4
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> "GeneratorConfig":
+    def _settings_agree(self) -> "GeneratorConfig":
+        if self.symmetry == "equivariant" and self.view not in ("neurons", "graph"):
+            raise ValueError(
+                f"symmetry equivariant is not defined for view {self.view}; legal there: none, augment, canonical"
+            )
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
         return self

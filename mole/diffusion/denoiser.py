@@ -1,10 +1,12 @@
-"""The network that generates: a transformer over neuron tokens, conditioned by adaptive LayerNorm.
+"""The network that generates: a transformer over the tokens of a view, conditioned by adaptive LayerNorm.
 
 Blocks as in DiT (Peebles & Xie 2023, adaLN-zero); residual from the start weights through
 zero-initialised heads as in G.pt (Peebles et al. 2022): an untrained model returns its start.
 
-Dimensions: B networks, T tokens, D width, H neurons of a group, W numbers in a token, P parameters.
+Dimensions: B networks, T tokens, S source tokens, D width, W numbers of a token, K numbers of an edge, P parameters.
 """
+
+from math import sqrt
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from mole.config import GeneratorConfig
 from mole.diffusion.conditions import ConditionEmbedding, Conditions
-from mole.representations import NeuronView
+from mole.representations.views import Edges, Nodes, Tokens, View
 
 
 class Block(nn.Module):
@@ -40,33 +42,104 @@ class Block(nn.Module):
         return x + gate2 * self.contract(F.silu(self.expand(y)))  # (B, T, D)
 
 
+class OwnLinear(nn.Module):
+    """A linear layer of its own for every token, for tokens that are all different (chunks)."""
+
+    def __init__(self, tokens: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(tokens, inputs, outputs).uniform_(-1, 1) / sqrt(inputs))
+        self.bias = nn.Parameter(torch.zeros(tokens, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bti,tio->bto", x, self.weight) + self.bias
+
+
+class ReadEdges(nn.Module):
+    """What nodes learn from the numbers on their edges: a sum over edges, each times a map of the other end."""
+
+    def __init__(self, edges: Edges, sizes: tuple[int, int], width: int) -> None:
+        super().__init__()
+        self.edges, self.sizes = edges, sizes
+        channels = 2 * edges.places.shape[1] if edges.complete else 1
+        self.forth, self.back = (nn.Linear(width, channels * width, bias=False) for _ in range(2))
+        self.register_buffer("ends", edges.ends, persistent=False)
+
+    ends: Tensor
+
+    def forward(self, source: Tensor, target: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Messages to the sources (B, S, D) and to the targets (B, T, D) from values (B, E, 2 K)."""
+        if not self.edges.complete:
+            at, to = self.ends
+            forward = torch.zeros_like(target).index_add(1, to, self.forth(source)[:, at])
+            return torch.zeros_like(source).index_add(1, at, self.back(target)[:, to]), forward
+        sources, targets = self.sizes
+        e = values.unflatten(1, (targets, sources))  # (B, T, S, 2 K)
+        there = self.forth(source).unflatten(-1, (e.shape[-1], -1))  # (B, S, 2 K, D)
+        back = self.back(target).unflatten(-1, (e.shape[-1], -1))  # (B, T, 2 K, D)
+        forward = torch.einsum("btsk,bskd->btd", e, there) / sqrt(sources)
+        return torch.einsum("btsk,btkd->bsd", e, back) / sqrt(targets), forward
+
+
+class WriteEdges(nn.Module):
+    """Changes of the numbers on edges: a bilinear form of their two ends."""
+
+    def __init__(self, edges: Edges, width: int) -> None:
+        super().__init__()
+        self.channels = edges.places.shape[1]
+        self.there = nn.Linear(width, width)
+        self.here = _zeros(nn.Linear(width, self.channels * width))
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """(B, E, K)."""
+        here = self.here(target).unflatten(-1, (self.channels, -1))  # (B, T, K, D)
+        found = torch.einsum("btkd,bsd->btsk", here, self.there(source)) / sqrt(source.shape[-1])
+        return found.flatten(1, 2)
+
+
+class WriteNothing(nn.Module):
+    """Edges that carry nothing."""
+
+    def __init__(self, edges: Edges) -> None:
+        super().__init__()
+        self.count = len(edges.places)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        return source.new_zeros(len(source), self.count, 0)
+
+
 class Denoiser(nn.Module):
     """Predicts the clean weights from noised ones, a start network and what is asked for.
 
-    No position is given to the neurons of a group, so permuting them in both inputs permutes the output.
+    Where nothing tells the neurons of a group apart, permuting them in both inputs permutes the output.
 
     Args:
-        view: how weights become tokens; one linear map in and one out per kind of token.
-        config: width, layers and heads.
+        view: how weights become tokens and edges.
+        config: width, layers and heads; whether interchangeable tokens get a position.
 
     Example:
-        >>> denoiser = Denoiser(NeuronView(task.spec), GeneratorConfig())
+        >>> denoiser = Denoiser(neuron_view(task.spec), GeneratorConfig())
         >>> denoiser(noised, start, level, Conditions(start_loss, target_loss)).shape
         torch.Size([8, 1210])
     """
 
-    def __init__(self, view: NeuronView, config: GeneratorConfig) -> None:
+    def __init__(self, view: View, config: GeneratorConfig) -> None:
         super().__init__()
-        self.view = view
-        widths = [index.shape[1] for index in view.indices]
-        self.read = nn.ModuleList(nn.Linear(2 * w, config.width) for w in widths)
-        self.embed = ConditionEmbedding(config.width)
-        self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.layers)
-        )  # fmt: skip
-        self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
-        self.modulate = _zeros(nn.Linear(config.width, 2 * config.width))
-        self.write = nn.ModuleList(_zeros(nn.Linear(config.width, w)) for w in widths)
+        self.view, width = view, config.width
+        self.read = nn.ModuleList(_reader(kind, width) for kind in view.nodes)
+        positions = config.symmetry != "equivariant"
+        self.places = nn.ParameterList(_places(kind, width, positions=positions) for kind in view.nodes)
+        sizes = [len(kind.places) for kind in view.nodes]
+        self.read_edges = nn.ModuleList(
+            ReadEdges(kind, (sizes[kind.source], sizes[kind.target]), width) for kind in view.edges
+        )
+        self.embed = ConditionEmbedding(width)
+        self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_ratio) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulate = _zeros(nn.Linear(width, 2 * width))
+        self.write = nn.ModuleList(_writer(kind, width) for kind in view.nodes)
+        self.write_edges = nn.ModuleList(
+            WriteEdges(kind, width) if kind.places.shape[1] else WriteNothing(kind) for kind in view.edges
+        )
 
     def forward(self, noised: Tensor, start: Tensor, level: Tensor, conditions: Conditions) -> Tensor:
         """One evaluation.
@@ -81,16 +154,68 @@ class Denoiser(nn.Module):
             (B, P), normalised clean weights.
         """
         c = self.embed(level, conditions)  # (B, D)
-        pairs = zip(self.view.encode(noised), self.view.encode(start), strict=True)
-        tokens = [read(torch.cat(pair, -1)) for read, pair in zip(self.read, pairs, strict=True)]
+        tokens = self._read(self.view.encode(noised), self.view.encode(start))
         lengths = [t.shape[1] for t in tokens]
         x = torch.cat(tokens, 1)  # (B, T, D)
         for block in self.blocks:
             x = block(x, c)  # (B, T, D)
         shift, scale = self.modulate(c)[:, None].chunk(2, -1)  # (B, 1, D) each
         x = self.norm(x) * (1 + scale) + shift  # (B, T, D)
-        deltas = [write(part) for write, part in zip(self.write, x.split(lengths, 1), strict=True)]  # (B, H, W) each
-        return start + self.view.decode(deltas)  # (B, P)
+        parts = list(x.split(lengths, 1))
+        deltas = [write(part) for write, part in zip(self.write, parts, strict=True)]  # (B, T, W) each
+        ends = [(parts[kind.source], parts[kind.target]) for kind in self.view.edges]
+        edges = [write(*pair) for write, pair in zip(self.write_edges, ends, strict=True)]
+        return start + self.view.decode(Tokens(deltas, edges))  # (B, P)
+
+    def _read(self, noised: Tokens, start: Tokens) -> list[Tensor]:
+        """(B, T, D) per kind of nodes."""
+        tokens = []
+        for read, place, one, other in zip(self.read, self.places, noised.nodes, start.nodes, strict=True):
+            tokens.append((read(torch.cat([one, other], -1)) + place).expand(len(one), -1, -1))
+        messages = [torch.zeros_like(token) for token in tokens] if self.view.edges else []
+        for read, kind, one, other in zip(self.read_edges, self.view.edges, noised.edges, start.edges, strict=True):
+            values = torch.cat([one, other], -1)
+            back, forth = read(tokens[kind.source], tokens[kind.target], values)
+            messages[kind.source] = messages[kind.source] + back
+            messages[kind.target] = messages[kind.target] + forth
+        return [t + m for t, m in zip(tokens, messages, strict=True)] if messages else tokens
+
+
+class Nothing(nn.Module):
+    """Nodes without numbers of their own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.width)
+
+
+def _reader(kind: Nodes, width: int) -> nn.Module:
+    tokens, numbers = kind.places.shape
+    if numbers == 0:
+        return Nothing(width)
+    return OwnLinear(tokens, 2 * numbers, width) if kind.ordered and tokens > 1 else nn.Linear(2 * numbers, width)
+
+
+def _writer(kind: Nodes, width: int) -> nn.Module:
+    tokens, numbers = kind.places.shape
+    if numbers == 0:
+        return Nothing(0)
+    if kind.ordered and tokens > 1:
+        own = OwnLinear(tokens, width, numbers)
+        nn.init.zeros_(own.weight)
+        return own
+    return _zeros(nn.Linear(width, numbers))
+
+
+def _places(kind: Nodes, width: int, *, positions: bool) -> nn.Parameter:
+    """One vector per node that is itself; one for all of a kind whose nodes are interchangeable."""
+    tokens, numbers = kind.places.shape
+    own = kind.ordered or positions
+    spread = 0.02 if numbers else 1.0  # without numbers it is all that edges have to go by
+    return nn.Parameter(torch.randn(tokens if own else 1, width) * spread)
 
 
 def _zeros(layer: nn.Linear) -> nn.Linear:

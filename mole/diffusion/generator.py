@@ -19,16 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mole.config import GeneratorConfig, TaskConfig
+from mole.diffusion.codec import Codec
 from mole.diffusion.conditions import Conditions
 from mole.diffusion.denoiser import Denoiser
 from mole.diffusion.process import Drawn, reverse
 from mole.diffusion.samples import Samples
 from mole.errors import CorruptFileError, MoleError, PromptWarning
 from mole.files import file_digest, read_json, replacing, value_digest, write_json
-from mole.representations import EntryScale, NeuronView, WeightSpec, weights_digest
+from mole.representations import WeightSpec, weights_digest
 from mole.tasks import Architecture, Task, load_task
 
-FORMAT = 1
+FORMAT = 2
 FRESH_SEEDS = 2**40
 """Initialisations from here on belong to sampling; harvests use smaller seeds."""
 
@@ -43,7 +44,7 @@ class Card(BaseModel):
     task: TaskConfig
     architecture: Architecture
     """The generated networks."""
-    spec: list[dict[str, Any]]
+    spec: dict[str, Any]
     scales: list[float]
     prompt_range: tuple[float, float]
     """Lowest and highest loss in the zoo, in nats."""
@@ -72,6 +73,7 @@ class Generator:
     """
 
     denoiser: Denoiser
+    codec: Codec
     card: Card
     device: torch.device
     loaded_task: Task | None = None
@@ -79,11 +81,7 @@ class Generator:
 
     @cached_property
     def spec(self) -> WeightSpec:
-        return self.denoiser.view.spec
-
-    @cached_property
-    def scale(self) -> EntryScale:
-        return EntryScale.of(self.spec, self.card.scales)
+        return self.codec.spec
 
     @cached_property
     def task(self) -> Task:
@@ -172,11 +170,14 @@ class Generator:
         for low in range(0, len(starts), at_once):
             part = slice(low, low + at_once)
             start = starts[part].to(self.device)
-            noise = torch.stack([_noise(s, self.spec.size) for s in seeds[part]]).to(self.device)
+            noise = torch.stack([_noise(s, self.codec.size) for s in seeds[part]]).to(self.device)
             loss = self.task.measure(start, "prompt")["loss"]
             conditions = Conditions(loss, target_loss[part].to(start))
-            found = reverse(self.denoiser, noise, self.scale.normalise(start), conditions, evaluations)
-            drawn.append(self.scale.restore(found.flat).cpu())
+            elements = self.codec.elements(starts[part])
+            start = start if elements is None else elements.act(start)
+            found = reverse(self.denoiser, noise, self.codec.normalise(start), conditions, evaluations)
+            flat = self.codec.restore(found.flat)
+            drawn.append((flat if elements is None else elements.undo(flat)).cpu())
             calls = found.evaluations
             losses.append(loss.cpu())
         return Drawn(torch.cat(drawn), calls), torch.cat(losses)
@@ -195,7 +196,8 @@ class Generator:
         """Write `model.safetensors`, then `config.json` with its digest; returns the generator as loaded."""
         folder = Path(folder)
         with replacing(folder / "model.safetensors") as temporary:
-            save_file(self.denoiser.state_dict(), temporary)
+            parts = {"denoiser": self.denoiser, "codec": self.codec}
+            save_file({f"{n}.{k}": t for n, part in parts.items() for k, t in part.state_dict().items()}, temporary)
         card = self.card.model_copy(update={"weights": file_digest(folder / "model.safetensors")}).sealed()
         write_json(folder / "config.json", card.model_dump(mode="json"))
         return replace(self, card=card)
@@ -227,16 +229,21 @@ class Generator:
         if found != card.weights:
             raise CorruptFileError(f"{folder}/model.safetensors: truncated or altered; train again or copy it anew")
         try:
-            denoiser = Denoiser(NeuronView(WeightSpec.from_json(card.spec)), card.denoiser)
-            denoiser.load_state_dict(load_file(folder / "model.safetensors"))
+            tensors = load_file(folder / "model.safetensors")
+            codec = Codec(WeightSpec.from_json(card.spec), card.denoiser, card.scales, tensors.get("codec.reference"))
+            denoiser = Denoiser(codec.view(), card.denoiser)
+            for name, part in (("denoiser", denoiser), ("codec", codec)):
+                mine = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
+                part.load_state_dict(mine)
         except (SafetensorError, RuntimeError, KeyError, TypeError, IndexError) as error:
             raise CorruptFileError(f"{folder}: weights and configuration do not fit ({error})") from None
         try:
             place = torch.device(device)
             denoiser.to(place)
+            codec.to(place)
         except (RuntimeError, AssertionError) as error:
             raise MoleError(f"device {str(device)!r}: {error}; legal is cpu, or cuda where PyTorch finds it") from None
-        return cls(denoiser.eval(), card, place)
+        return cls(denoiser.eval(), codec.eval(), card, place)
 
 
 def _check_request(target_loss: object, n: object, seed: object, evaluations: object) -> None:

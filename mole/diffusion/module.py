@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from mole.config import TrainConfig
+from mole.diffusion.codec import Codec
 from mole.diffusion.denoiser import Denoiser
 from mole.diffusion.pairs import Batch
-from mole.representations import EntryScale
 from mole.tasks import Classification
 
 
@@ -29,12 +29,13 @@ class DenoiserTraining(L.LightningModule):
     """
 
     def __init__(
-        self, denoiser: Denoiser, scale: EntryScale, task: Classification, config: TrainConfig, *, seed: int
+        self, denoiser: Denoiser, codec: Codec, task: Classification, config: TrainConfig, *, seed: int
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.average = AveragedModel(denoiser, avg_fn=_average(config.ema_decay))
-        self.scale, self.task, self.config, self.seed = scale, task, config, seed
+        self.task, self.config, self.seed = task, config, seed
+        self.codec = codec
 
     def training_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
         predicted = self.denoiser(batch.noised, batch.start, batch.level, batch.conditions)  # (B, P)
@@ -51,8 +52,8 @@ class DenoiserTraining(L.LightningModule):
         index = torch.randint(len(train), (self.config.function_images,), generator=generator)
         images = train.images[index.to(train.images.device)]  # (I, D)
         with torch.no_grad():
-            wanted = self.task.logits(self.scale.restore(clean), images).log_softmax(-1)  # (B, I, C)
-        found = self.task.logits(self.scale.restore(predicted), images).log_softmax(-1)  # (B, I, C)
+            wanted = self.task.logits(self.codec.restore(clean), images).log_softmax(-1)  # (B, I, C)
+        found = self.task.logits(self.codec.restore(predicted), images).log_softmax(-1)  # (B, I, C)
         return F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

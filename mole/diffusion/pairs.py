@@ -13,10 +13,12 @@ from torch.utils.data import IterableDataset
 from mole.checkpoints import Zoo
 from mole.checkpoints.stream import Reservoir
 from mole.config import TrainConfig
+from mole.diffusion.codec import Codec
 from mole.diffusion.conditions import Conditions
 from mole.diffusion.process import noise_level, noise_schedule
 from mole.files import value_digest
-from mole.representations import EntryScale, WeightSpec
+from mole.representations import WeightSpec
+from mole.representations.handling import Augmentation, Canonical, Elements
 
 
 class Batch(NamedTuple):
@@ -60,6 +62,14 @@ class PairSource(Protocol):
         """Weights in parts (n, P), for their scale."""
         ...
 
+    def best(self) -> Tensor:
+        """The weights (P,) of the lowest loss so far."""
+        ...
+
+    def canonicalise(self, canonical: Canonical) -> None:
+        """From now on bring every run into canonical form: its last state decides, and all of it follows."""
+        ...
+
     def note(self) -> str:
         """What a person would like to watch; may be empty."""
         ...
@@ -80,9 +90,22 @@ class ZooPairs:
         self.zoo, self.spec, self.digest = zoo, zoo.spec, zoo.digest
         self.counts = zoo.bounds.diff()
         self.losses = (float(zoo.loss.min()), float(zoo.loss.max()))
+        self.elements: Elements | None = None
 
     def chunks(self) -> Iterable[Tensor]:
-        return self.zoo.chunks()
+        low, runs = 0, torch.repeat_interleave(self.counts)
+        for part in self.zoo.chunks():
+            yield self._acted(part, runs[low : low + len(part)])
+            low += len(part)
+
+    def _acted(self, weights: Tensor, runs: Tensor) -> Tensor:
+        return weights if self.elements is None else self.elements[runs].act(weights)
+
+    def best(self) -> Tensor:
+        return self.zoo.read(self.zoo.loss.argmin()[None])[0]
+
+    def canonicalise(self, canonical: Canonical) -> None:
+        self.elements = canonical.elements(self.zoo.read(self.zoo.last))
 
     def note(self) -> str:
         return ""
@@ -94,7 +117,7 @@ class ZooPairs:
         run = torch.randint(len(self.counts), (config.batch_size,), generator=generator)
         first, second = choose_states(self.counts[run], config, generator)
         start, clean = self.zoo.bounds[run] + first, self.zoo.bounds[run] + second
-        weights = self.zoo.read(torch.cat([start, clean]))
+        weights = self._acted(self.zoo.read(torch.cat([start, clean])), run.repeat(2))
         return Pairs(weights[: len(run)], weights[len(run) :], self.zoo.loss[start], self.zoo.loss[clean])
 
 
@@ -114,6 +137,13 @@ class StreamPairs:
 
     def chunks(self) -> Iterable[Tensor]:
         return [run.weights for run in self.reservoir.runs]
+
+    def best(self) -> Tensor:
+        losses = [run.loss[-1] for run in self.reservoir.runs]
+        return self.reservoir.runs[int(torch.stack(losses).argmin())].weights[-1]
+
+    def canonicalise(self, canonical: Canonical) -> None:
+        self.reservoir.prepare(lambda weights: canonical.elements(weights[-1:]).act_on_all(weights))
 
     def note(self) -> str:
         return self.reservoir.flow.note()
@@ -155,10 +185,12 @@ class PairBatches(IterableDataset[Batch]):
     """
 
     def __init__(
-        self, source: PairSource, scale: EntryScale, config: TrainConfig, *, seed: int, first_step: int = 0
+        self, source: PairSource, codec: Codec, config: TrainConfig, *, seed: int, first_step: int = 0
     ) -> None:
         super().__init__()
-        self.source, self.scale = source, scale
+        self.source, self.codec = source, codec
+        augmented = codec.config.symmetry == "augment"
+        self.augmentation = Augmentation(codec.spec, seed=seed) if augmented else None
         self.config, self.seed, self.first_step = config, seed, first_step
         self.schedule = noise_schedule()
 
@@ -175,7 +207,12 @@ class PairBatches(IterableDataset[Batch]):
         timestep = torch.randint(last + 1, (size,), generator=generator)
         pure = torch.rand(size, generator=generator) < self.config.one_pass_fraction
         timestep = torch.where(pure, last, timestep)
-        start, clean = self.scale.normalise(pairs.start), self.scale.normalise(pairs.clean)
+        plain = pairs.start, pairs.clean
+        if self.augmentation is not None:
+            elements = self.augmentation.draw(size, generator)  # the same for a start and its target
+            plain = elements.act(pairs.start), elements.act(pairs.clean)
+        with torch.no_grad():
+            start, clean = (self.codec.normalise(weights) for weights in plain)
         noise = torch.randn(clean.shape, generator=generator)
         noised = self.schedule.add_noise(clean, noise, cast(torch.IntTensor, timestep))
         conditions = Conditions(pairs.start_loss, pairs.target_loss)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from mole.checkpoints import Zoo
 from mole.config import Config
+from mole.diffusion.codec import Codec
 from mole.diffusion.denoiser import Denoiser
 from mole.diffusion.generator import FORMAT, Card, Generator
 from mole.diffusion.module import DenoiserTraining
@@ -22,7 +23,8 @@ from mole.diffusion.pairs import PairBatches, PairSource
 from mole.errors import MoleError
 from mole.files import remove, replacing
 from mole.reporting import Advance
-from mole.representations import EntryScale, NeuronView
+from mole.representations import EntryScale
+from mole.representations.handling import Canonical
 from mole.seeding import Seeded
 from mole.tasks import Classification
 
@@ -74,24 +76,23 @@ def train_generator(
     resumed = _resumable(state, identity)
     on_resume(resumed.step)
     source = data.source(resumed.source)
-    view = NeuronView(source.spec)
-    scales = resumed.scales or EntryScale.fit(source.spec, source.chunks()).stds(source.spec)
-    scale = EntryScale.of(source.spec, scales)
+    codec = make_codec(config, source, resumed.codec).to(device)
+    view = codec.view()
     with Seeded(config.seed):
         denoiser = Denoiser(view, config.generator)
-    module = DenoiserTraining(denoiser, scale, data.task, config.train, seed=config.seed)
+    module = DenoiserTraining(denoiser, codec, data.task, config.train, seed=config.seed)
 
     def card() -> Card:
         """What is known of the generator now; the losses and the digest of a stream grow."""
         return Card(
             format=FORMAT, denoiser=config.generator, task=config.task, architecture=data.task.architecture,
-            spec=view.spec.to_json(), scales=scales, prompt_range=source.losses, zoo=source.digest,
+            spec=codec.spec.to_json(), scales=codec.stds, prompt_range=source.losses, zoo=source.digest,
             train_steps=config.train.steps, seed=config.seed,
         )  # fmt: skip
 
     progress(resumed.step)
-    batches = PairBatches(source, scale, config.train, seed=config.seed, first_step=resumed.step)
-    kept = _State(state, identity, resumed.seconds, scales, source)
+    batches = PairBatches(source, codec, config.train, seed=config.seed, first_step=resumed.step)
+    kept = _State(state, identity, resumed.seconds, codec, source)
     watch = _Watch(config, data, card, kept, device, progress, log)
     _quiet()
     try:
@@ -100,7 +101,32 @@ def train_generator(
         _trainer(config, device, watch).fit(module, loader, ckpt_path=resume, weights_only=True)
     except SystemExit:  # Lightning turns Ctrl-C into an exit
         raise KeyboardInterrupt from None
-    return Generator(_averaged(module, device), card(), device, data.task), watch.seconds, resumed.seconds
+    return Generator(_averaged(module, device), codec, card(), device, data.task), watch.seconds, resumed.seconds
+
+
+def make_codec(config: Config, source: PairSource, known: dict[str, Any] | None = None) -> Codec:
+    """The codec of a training: fitted to its source, or as an earlier session had it.
+
+    From here on the source gives runs in canonical form, if that is asked for.
+    """
+    tensors = known["tensors"] if known else {}
+    reference = tensors.get("reference")
+    if config.generator.symmetry == "canonical":
+        reference = source.best() if reference is None else reference
+        canonical = Canonical(source.spec, reference)
+        source.canonicalise(canonical)
+    stds = known["stds"] if known else EntryScale.fit(source.spec, source.chunks()).stds(source.spec)
+    codec = Codec(source.spec, config.generator, stds, reference)
+    if known:
+        codec.load_state_dict(tensors)
+        return codec
+
+    def draw(generator: torch.Generator) -> torch.Tensor:
+        pairs = source.pairs(config.train, generator)
+        return torch.cat([pairs.start, pairs.clean])
+
+    codec.fit(draw, config.seed)
+    return codec
 
 
 def _trainer(config: Config, device: torch.device, watch: L.Callback) -> L.Trainer:
@@ -132,7 +158,7 @@ class _State:
     path: Path
     identity: str
     seconds_before: float
-    scales: list[float]
+    codec: Codec
     source: PairSource
 
 
@@ -142,7 +168,7 @@ class _Resumed:
 
     step: int = 0
     seconds: float = 0.0
-    scales: list[float] | None = None
+    codec: dict[str, Any] | None = None
     source: dict[str, Any] = field(default_factory=dict)
 
 
@@ -152,8 +178,8 @@ def _resumable(state: Path, identity: str) -> _Resumed:
         try:
             found = torch.load(state, map_location="cpu", weights_only=True)
             if found["identity"] == identity:
-                scales = [float(scale) for scale in found["scales"]]
-                return _Resumed(int(found["global_step"]), float(found["seconds"]), scales, dict(found["source"]))
+                step, seconds = int(found["global_step"]), float(found["seconds"])
+                return _Resumed(step, seconds, dict(found["codec"]), dict(found["source"]))
         except Exception:  # truncated, foreign or hostile: whatever is wrong, it is not ours
             logger.warning("%s: not a training state; training from the beginning", state)
         remove(state)
@@ -190,7 +216,11 @@ class _Watch(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         state = self.state
-        checkpoint |= {"identity": state.identity, "seconds": self.seconds, "scales": state.scales}
+        checkpoint |= {
+            "identity": state.identity,
+            "seconds": self.seconds,
+            "codec": {"stds": state.codec.stds, "tensors": state.codec.state_dict()},
+        }
         checkpoint["source"] = state.source.state()
 
     @property
@@ -233,7 +263,7 @@ class _Watch(L.Callback):
     def _validate(self, step: int, module: DenoiserTraining) -> None:
         """One pass from the first states of held-out runs, judged on prompt images."""
         card = self.card()
-        generator = Generator(_averaged(module, self.device), card, self.device, self.data.task)
+        generator = Generator(_averaged(module, self.device), self.state.codec, card, self.device, self.data.task)
         starts = self.data.heldout.read(self.data.heldout.first)
         drawn = generator.draw(starts, torch.full((len(starts),), card.prompt_range[0])).flat
         found = self.data.task.measure(drawn.to(self.device), "prompt")

@@ -11,7 +11,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mole.representations import NeuronView, WeightSpec
+from mole.errors import MoleError
+from mole.representations import WeightSpec, neuron_view
+from mole.representations.handling import aligned
 
 
 class PermutationDistance:
@@ -24,16 +26,18 @@ class PermutationDistance:
     """
 
     def __init__(self, spec: WeightSpec) -> None:
-        self.view = NeuronView(spec)
-        self.groups = len(spec.groups)
+        self.view = neuron_view(spec)
+        if self.view.edges:
+            names = ", ".join(kind.name for kind in self.view.edges)
+            raise MoleError(f"{names} joins two hidden layers; distances are known for networks of one hidden layer")
 
     def pairwise(self, first: Tensor, second: Tensor) -> Tensor:
         """Distances (N, M) between networks (N, P) and (M, P)."""
-        tokens, others = self.view.encode(first), self.view.encode(second)
+        tokens, others = self.view.encode(first).nodes, self.view.encode(second).nodes
         squared = np.zeros((len(first), len(second)))
         for kind, (a, b) in enumerate(zip(tokens, others, strict=True)):
             a, b = a.double(), b.double()
-            if kind >= self.groups:  # what belongs to no group has one order only
+            if self.view.nodes[kind].ordered:  # what belongs to no group has one order only
                 squared += torch.cdist(a.flatten(1), b.flatten(1)).square().numpy()
                 continue
             for row, network in enumerate(a):
@@ -56,12 +60,7 @@ class PermutationDistance:
 
     def align(self, flat: Tensor, reference: Tensor) -> Tensor:
         """Networks (N, P) with their hidden neurons in the order that lies nearest to `reference` (P,)."""
-        tokens, wanted = self.view.encode(flat), self.view.encode(reference[None])
-        for kind in range(self.groups):
-            costs = torch.cdist(wanted[kind].double().expand(len(flat), -1, -1), tokens[kind].double()).square()
-            order = torch.from_numpy(np.stack([linear_sum_assignment(cost)[1] for cost in costs.numpy()]))  # (N, H)
-            tokens[kind] = tokens[kind].gather(1, order[..., None].expand_as(tokens[kind]))
-        return self.view.decode(tokens)
+        return aligned(self.view.spec, flat, reference)
 
 
 def max_wrong_iou(wrong: Tensor, training_wrong: Tensor, *, exclude: Tensor | None = None) -> Tensor:

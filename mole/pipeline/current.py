@@ -85,7 +85,12 @@ class Run:
         with self.reporter.stage("again", total, "steps") as advance:
             found = list(make_backend(self.task, config.harvest).run(groups, advance))
         columns = {name: [value for part in found for value in part.values(name)] for name in found[0].columns}
-        return Zoo.of(self.task.spec, columns, torch.cat([part.weights for part in found])).finished()
+        return Zoo.of(
+            self.task.spec,
+            columns,
+            torch.cat([part.weights for part in found]),
+            table=torch.cat([part.table for part in found]),
+        ).finished()
 
     @cached_property
     def generator(self) -> Generator:

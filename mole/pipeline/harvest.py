@@ -5,10 +5,10 @@ from typing import Any
 
 from mole.checkpoints import Header, Zoo, ZooWriter
 from mole.checkpoints.backends import make_backend
-from mole.checkpoints.format import read_header, shards
+from mole.checkpoints.format import belongs, read_header, read_layouts, shards
 from mole.checkpoints.groups import SEEDS_PER_CONFIG, Group, plan_groups, run_name
 from mole.diffusion.generator import versions
-from mole.errors import MoleError
+from mole.errors import CorruptFileError, MoleError
 from mole.files import remove
 from mole.pipeline.current import Result, Run
 
@@ -57,19 +57,35 @@ def _header(current: Run) -> Header:
 
 
 def _empty_unless_same(folder: Path, header: Header) -> None:
-    """Remove the zoo of another configuration; this run folder holds one zoo, of its own."""
+    """Remove the zoo of another configuration; this run folder holds one zoo, of its own.
+
+    Raises:
+        MoleError: a zoo that no harvest has made lies there.
+    """
     try:
-        same = read_header(folder) == header
+        found = read_header(folder)
     except MoleError:  # none, damaged, or of an earlier format
-        same = False
-    if not same:
+        found = header if belongs(folder, header) else None
+        remove(folder / "zoo.json")
+    if found is not None and "task" not in found.recipe:
+        raise MoleError(
+            f"{folder}: networks from elsewhere ({found.recipe.get('source', 'unknown')}) are here, which a harvest "
+            "would remove; choose another --out"
+        )
+    if found != header:
         for name in ("zoo.json", "shards", "layouts"):
             remove(folder / name)
+    try:
+        read_layouts(folder)
+    except CorruptFileError:
+        remove(folder / "layouts")  # they follow from the task
 
 
 def _fill(current: Run, writer: ZooWriter, groups: list[Group]) -> None:
     """Train the groups that are not in the zoo yet."""
     task = current.task
+    for config in {group.config.model_dump_json(): group.config for group in groups}.values():
+        writer.keep_layout(task.with_config(config).spec)
     missing = [group for group in groups if not writer.has(group.name, [run_name(run) for run in group.runs])]
     total, left = (sum(len(g.runs) * g.config.steps for g in part) for part in (groups, missing))
     with current.reporter.stage("harvest", total, "steps") as advance:
@@ -78,7 +94,7 @@ def _fill(current: Run, writer: ZooWriter, groups: list[Group]) -> None:
         for found in backend.run(missing, lambda done: advance(total - left + done)):
             spec = task.with_config(found.group.config).spec
             found = found.only(writer.fits(spec, found.weights))
-            writer.write(found.group.name, spec, found.weights, found.columns, seconds=found.seconds)
+            writer.write(found.group.name, spec, found.weights, found.columns, table=found.table, seconds=found.seconds)
 
 
 def _report(current: Run, zoo: Zoo, seconds: float) -> dict[str, Any]:

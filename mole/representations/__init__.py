@@ -1,18 +1,25 @@
 """What a network is: its weights as one flat vector, what is interchangeable in it, and views."""
 
-from mole.representations.neurons import NeuronView
+from mole.representations.groups import AxisGroup, Element
 from mole.representations.normalise import EntryScale
-from mole.representations.spec import Entry, WeightSpec, differences, weights_digest
-from mole.representations.symmetry import SymmetryError, check_groups, derive_groups
+from mole.representations.spec import Entry, WeightSpec, WeightState, differences, weights_digest
+from mole.representations.views import Tokens, View, ViewName, chunk_view, flat_view, graph_view, make_view, neuron_view
 
 __all__ = [
+    "AxisGroup",
+    "Element",
     "Entry",
     "EntryScale",
-    "NeuronView",
-    "SymmetryError",
+    "Tokens",
+    "View",
+    "ViewName",
     "WeightSpec",
-    "check_groups",
-    "derive_groups",
+    "WeightState",
+    "chunk_view",
     "differences",
+    "flat_view",
+    "graph_view",
+    "make_view",
+    "neuron_view",
     "weights_digest",
 ]

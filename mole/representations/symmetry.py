@@ -1,97 +1,325 @@
-"""Which neurons of a network are interchangeable: derived from the module, proved numerically.
+"""Which neurons of a network are interchangeable: derived from one run of it, proved numerically.
 
-The rule is for chains: in an `nn.Sequential` (nested ones included) the outputs of a linear layer
-and the inputs of the next one run over the same neurons when only element-wise layers lie between.
-Every other layer ends a chain, which is sound: it leaves a smaller group.
+Nothing is declared. `tracing` follows the axes of every tensor through a run, `axes` merges what must be the same and
+freezes what has an order; what is left free is a group. A head's width may be reordered within each head, so a group
+may have a parent. `scaling` finds which neurons may be scaled or flipped. Then every group has to prove itself: at
+random weights, in float64, a random element must leave the outputs as they are. What fails is dropped and named.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
-from mole.errors import MoleError
+from mole.errors import SymmetryWarning
+from mole.representations.axes import Axis, freeze
+from mole.representations.groups import AxisGroup, AxisTerms, Factor, positions, random_tables
+from mole.representations.inputs import Inputs, as_inputs, example_inputs
+from mole.representations.rules import Flow, Trace, Value
+from mole.representations.scaling import solve
+from mole.representations.tracing import plainly, record, tensors_of
 
-ELEMENTWISE = (
-    nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SELU, nn.LeakyReLU, nn.Softplus, nn.Identity, nn.Dropout,
-)  # fmt: skip
+TOLERANCE = 1e-10
+"""Largest difference of an output, relative to the largest output, that rounding in float64 may explain."""
 
-Axes = dict[str, tuple[str | None, ...]]
+ELEMENTS = 3
+"""Random elements that a group has to prove itself by: one alone may be the identity of a small group."""
 
-
-class SymmetryError(MoleError):
-    """A group that was derived does not leave the network's function unchanged."""
+WIDE = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def derive_groups(module: nn.Module) -> Axes:
-    """Tensor name to the group that each of its axes runs over; absent names have none.
+@dataclass(frozen=True)
+class Symmetry:
+    """What was derived of a network."""
 
-    A group is named after the layer whose outputs it permutes.
+    groups: dict[str, AxisGroup]
+    axes: dict[str, tuple[AxisTerms, ...]]
+    """Of every floating-point tensor of the state, under the first of its names."""
+    flow: Flow = field(default_factory=Flow)
+    unknown: tuple[str, ...] = ()
+    """Operations that have no rule, and froze what they touched."""
 
-    Raises:
-        SymmetryError: the numeric check failed (a module that overrides `forward`, say).
+    @classmethod
+    def none(cls, state: Mapping[str, Tensor]) -> "Symmetry":
+        """Nothing is known to be interchangeable."""
+        return cls({}, {name: tuple((((None, size),),) for size in t.shape) for name, t in state.items()})
+
+
+def floating(module: nn.Module) -> dict[str, Tensor]:
+    """The floating-point tensors of a network's state, each under the first of its names."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def derive(module: nn.Module, inputs: Any = None) -> Symmetry:
+    """The symmetry of a network.
+
+    Args:
+        module: any network; it is neither run nor changed itself, a copy is.
+        inputs: example inputs: a tensor, a tuple of arguments, or a dictionary of named ones. Without them
+            some that may fit are tried.
+
+    Warns:
+        SymmetryWarning: no input fitted, so nothing is derived; or a group did not prove itself and was dropped.
     """
-    axes: Axes = {}
-    previous: tuple[str, nn.Linear] | None = None
-    for name, layer in _chain(module):
-        if isinstance(layer, nn.Linear):
-            if previous is not None:
-                group = previous[0]
-                _set_axis(axes, group, previous[1], 0, group)
-                _set_axis(axes, name, layer, 1, group)
-            previous = (name, layer)
-        elif not isinstance(layer, ELEMENTWISE):
-            previous = None
-    if axes:
-        check_groups(module, axes)
-    return axes
+    network = _prepared(module)
+    state = floating(network)
+    found = _traced(network, state, [as_inputs(inputs)] if inputs is not None else example_inputs(network))
+    if found is None:
+        return Symmetry.none(state)
+    trace, axes, values, used = found
+    return _proved(network, _named(trace, axes, values), used)
 
 
-def _chain(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    if not isinstance(module, nn.Sequential):
-        yield prefix, module
-        return
-    for name, child in module.named_children():
-        yield from _chain(child, f"{prefix}.{name}" if prefix else name)
+def _prepared(module: nn.Module) -> nn.Module:
+    """A copy that can be run: in evaluation mode, on the CPU, without caches among its outputs."""
+    network = copy.deepcopy(module).cpu().float().eval()
+    config = getattr(network, "config", None)
+    if getattr(config, "use_cache", None):
+        config.use_cache = False  # type: ignore[union-attr]
+    return network
 
 
-def _set_axis(axes: Axes, name: str, layer: nn.Linear, axis: int, group: str) -> None:
-    old = axes.get(f"{name}.weight", (None, None))
-    axes[f"{name}.weight"] = (group, old[1]) if axis == 0 else (old[0], group)
-    if axis == 0 and layer.bias is not None:
-        axes[f"{name}.bias"] = (group,)
+def _traced(
+    network: nn.Module, state: Mapping[str, Tensor], candidates: Iterable[Inputs]
+) -> tuple[Trace, dict[str, list[Axis]], dict[str, Value], Inputs] | None:
+    """The first run that succeeds."""
+    problem = "no layer tells what its inputs look like"
+    for inputs in candidates:
+        trace = Trace()
+        axes = {name: [Axis(size) for size in tensor.shape] for name, tensor in state.items()}
+        try:
+            values, used = record(network, state, inputs, trace, axes)
+        except Exception as error:  # whatever the network raises: the next input may fit
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
+        for name in (*(axes.keys() - used), *_overlapping(state)):
+            for axis in axes[name]:
+                freeze(axis)
+        return trace, axes, values, inputs
+    warnings.warn(
+        f"{type(network).__name__} could not be run ({problem}), so no symmetry is known of it; give example_inputs",
+        SymmetryWarning,
+        stacklevel=4,
+    )
+    return None
 
 
-def check_groups(module: nn.Module, axes: Axes, *, seed: int = 0, tolerance: float = 1e-10) -> None:
-    """Permute every group at random in float64 and compare the outputs.
+def _overlapping(state: Mapping[str, Tensor]) -> set[str]:
+    """Tensors that share memory without being one."""
+    places: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in state.items():
+        if tensor.numel():
+            places[tensor.untyped_storage().data_ptr()].append(name)
+    return {name for names in places.values() if len(names) > 1 for name in names}
 
-    Raises:
-        SymmetryError: the outputs differ by more than `tolerance` of their largest value.
-    """
-    network = copy.deepcopy(module).double().eval()
-    first = next(layer for _, layer in _chain(network) if isinstance(layer, nn.Linear))
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(8, first.in_features, generator=generator, dtype=torch.float64)
-    state = network.state_dict()
-    sizes = {g: state[n].shape[i] for n, groups in axes.items() for i, g in enumerate(groups) if g is not None}
-    permutations = {g: torch.randperm(size, generator=generator) for g, size in sizes.items()}
-    moved = {n: permute_axes(t, axes.get(n, ()), permutations) for n, t in state.items()}
-    with torch.no_grad():
-        before, after = network(inputs), functional_call(network, moved, (inputs,))
-    error = float((before - after).abs().max() / before.abs().max().clamp_min(1e-300))
-    if not error <= tolerance:
-        raise SymmetryError(
-            f"permuting {', '.join(sizes)} changes the outputs by {error:.1e} (at most {tolerance:.0e} is legal); "
-            f"does {type(module).__name__} override forward?"
+
+def _named(trace: Trace, axes: Mapping[str, list[Axis]], values: Mapping[str, Value]) -> Symmetry:
+    """Groups with names, parents and scalings."""
+    every = [axis for row in axes.values() for axis in row]
+    while True:  # reading an axis may freeze it, and with it parts of others
+        before = sum(leaf.frozen for axis in every for leaf in axis.leaves())
+        terms = {name: [list(axis.terms()) for axis in row] for name, row in axes.items()}
+        if sum(leaf.frozen for axis in every for leaf in axis.leaves()) == before:
+            break
+    leaves: dict[int, tuple[str, Axis]] = {}
+    for name, row in terms.items():
+        for leaf in (leaf for blocks in row for factors in blocks for leaf in factors):
+            if not leaf.frozen and id(leaf) not in leaves:
+                leaves[id(leaf)] = (_group_name(name, leaves.values()), leaf)
+    parents = _parents(trace, {key: leaf for key, (_, leaf) in leaves.items()})
+    scalings = solve(trace, [leaf for _, leaf in leaves.values()], values, "positive")
+    signs = solve(trace, [leaf for _, leaf in leaves.values()], values, "sign")
+    groups = {
+        name: AxisGroup(
+            name,
+            leaf.size,
+            leaves[parents[key]][0] if key in parents else None,
+            tuple(tuple((t, a, p) for (t, a), p in one.items()) for one in scalings[key]),
+            tuple(tuple((t, a, p) for (t, a), p in one.items()) for one in signs[key]),
         )
+        for key, (name, leaf) in leaves.items()
+    }
+
+    def factor(leaf: Axis) -> Factor:
+        return (None if leaf.frozen else leaves[id(leaf)][0]), leaf.size
+
+    named = {name: tuple(_mapped(blocks, factor) for blocks in row) for name, row in terms.items()}
+    return Symmetry(groups, named, trace.flow, tuple(sorted(trace.unknown)))
 
 
-def permute_axes(tensor: Tensor, axes: tuple[str | None, ...], permutations: Mapping[str, Tensor]) -> Tensor:
-    """Reorder the last `len(axes)` axes of `tensor`."""
-    lead = tensor.ndim - len(axes)
-    for axis, group in enumerate(axes):
-        if group is not None and group in permutations:
-            tensor = tensor.index_select(lead + axis, permutations[group].to(tensor.device))
-    return tensor
+def _mapped(blocks: Iterable[Iterable[Any]], factor: Callable[[Any], Factor]) -> AxisTerms:
+    return tuple(tuple(factor(item) for item in block) or ((None, 1),) for block in blocks)
+
+
+def _group_name(tensor: str, taken: Iterable[tuple[str, Axis]]) -> str:
+    """The layer whose tensor it is first met in, with a number if there are several."""
+    base = tensor.rpartition(".")[0] or tensor
+    names = {name for name, _ in taken}
+    number = 1
+    while (base if number == 1 else f"{base}#{number}") in names:
+        number += 1
+    return base if number == 1 else f"{base}#{number}"
+
+
+def _parents(trace: Trace, leaves: Mapping[int, Axis]) -> dict[int, int]:
+    """Groups that never come without another one may have an order of their own within each of its members."""
+    together: dict[int, set[int]] = {}
+    for value in trace.values:
+        here = {id(leaf) for axis in value.axes for leaf in axis.leaves()} & leaves.keys()
+        for key in here:
+            together[key] = together[key] & here if key in together else set(here)
+    found: dict[int, int] = {}
+    for key in leaves:
+        others = [other for other in together.get(key, set()) if other != key and found.get(other) != key]
+        others = [other for other in others if other not in found]
+        if others and key not in found.values():
+            found[key] = max(others, key=lambda other: leaves[other].size)
+    return found
+
+
+# The proof
+
+
+def _proved(network: nn.Module, symmetry: Symmetry, inputs: Inputs) -> Symmetry:
+    """The groups and scalings that leave the outputs of a network with random weights as they are."""
+    if not symmetry.groups:
+        return symmetry
+    try:
+        proof = Proof(network, inputs)
+    except Exception as error:  # an operation without float64, say: what cannot be proved is not used
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        warnings.warn(
+            f"{type(network).__name__} cannot be run in float64 ({problem}), so its groups are not proved, and dropped",
+            SymmetryWarning,
+            stacklevel=5,
+        )
+        return without(symmetry, list(symmetry.groups))
+    names = list(symmetry.groups)
+    failed = _failing(names, lambda part: proof.holds(symmetry, part, scaled=False))
+    symmetry = without(symmetry, failed)
+    unscaled = _failing(list(symmetry.groups), lambda part: proof.holds(symmetry, part, scaled=True))
+    groups = {n: replace(g, scalings=(), signs=()) if n in unscaled else g for n, g in symmetry.groups.items()}
+    if failed or unscaled:
+        what = [f"{', '.join(failed)} (order)"] * bool(failed) + [f"{', '.join(unscaled)} (scale)"] * bool(unscaled)
+        warnings.warn(
+            f"{type(network).__name__}: groups that did not prove themselves are dropped: {'; '.join(what)}",
+            SymmetryWarning,
+            stacklevel=5,
+        )
+    return replace(symmetry, groups=groups)
+
+
+def _failing(names: Sequence[str], holds: Any) -> list[str]:
+    """Those of the names that do not hold, found by halves."""
+    if not names or holds(names):
+        return []
+    if len(names) == 1:
+        return list(names)
+    middle = len(names) // 2
+    found = _failing(names[:middle], holds) + _failing(names[middle:], holds)
+    return found or list(names)  # each half holds alone, but not both together
+
+
+def without(symmetry: Symmetry, dropped: Sequence[str]) -> Symmetry:
+    """The same symmetry, these groups frozen."""
+    if not dropped:
+        return symmetry
+    groups = {
+        name: replace(group, parent=None if group.parent in dropped else group.parent)
+        for name, group in symmetry.groups.items()
+        if name not in dropped
+    }
+
+    def kept(factor: Factor) -> Factor:
+        return (None if factor[0] in dropped else factor[0]), factor[1]
+
+    axes = {name: tuple(_mapped(terms, kept) for terms in row) for name, row in symmetry.axes.items()}
+    return replace(symmetry, groups=groups, axes=axes)
+
+
+class Proof:
+    """A network with random weights in float64, and its outputs."""
+
+    def __init__(self, network: nn.Module, inputs: Inputs, *, seed: int = 0, train: bool = False) -> None:
+        self.network = copy.deepcopy(network).double().train(train)
+        self.inputs = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.state = floating(self.network)
+        self._jitter()
+        self.weights = {name: tensor.detach().clone() for name, tensor in self.state.items()}
+        self.before = self.outputs()
+
+    @torch.no_grad()
+    def _jitter(self) -> None:
+        """Away from initialisations at which much of a network has no effect: zeros, ones, equal rows."""
+        for name, tensor in self.state.items():
+            noise = torch.randn(tensor.shape, generator=self.generator, dtype=torch.float64)
+            spread = float(tensor.std()) if tensor.numel() > 1 else 0.0
+            tensor.copy_(tensor * (1 + 0.1 * noise) + (0.1 * spread + 0.02) * noise)
+            if name.endswith("running_var"):
+                tensor.abs_().add_(0.1)
+
+    def outputs(self) -> list[Tensor]:
+        """Every floating-point output."""
+        with torch.no_grad(), plainly(), Widened(), _same_randomness():
+            found = tensors_of(self.network(*self.inputs[0], **self.inputs[1]))
+        return [tensor.double().clone() for tensor in found if tensor.is_floating_point()]
+
+    @torch.no_grad()
+    def error(self, symmetry: Symmetry, names: Iterable[str], *, scaled: bool) -> float:
+        """The largest difference that a random element of these groups makes, relative to the largest output."""
+        tables = random_tables(symmetry.groups, self.generator, largest=2.0)
+        names = set(names)
+        permutations = {name: table for name, table in tables[0].items() if name in names}
+        factors = [{key: t for key, t in part.items() if scaled and key[0] in names} for part in tables[1:]]
+        for name, tensor in self.state.items():
+            index, factor = positions(name, tensor.shape, symmetry.axes[name], symmetry.groups, permutations, *factors)
+            tensor.copy_(self.weights[name].flatten()[index.flatten()].reshape(tensor.shape) * factor)
+        after = self.outputs()
+        for name, tensor in self.state.items():
+            tensor.copy_(self.weights[name])
+        return max((_difference(a, b) for a, b in zip(self.before, after, strict=True)), default=0.0)
+
+    def holds(self, symmetry: Symmetry, names: Iterable[str], *, scaled: bool) -> bool:
+        """Whether random elements of these groups leave the outputs as they are."""
+        return all(self.error(symmetry, names, scaled=scaled) <= TOLERANCE for _ in range(ELEMENTS))
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    if one.shape != other.shape:
+        return float("inf")
+    same = (one == other) | (one.isnan() & other.isnan())
+    finite = torch.where(same, 0.0, (one - other).abs())
+    largest = one[one.isfinite()].abs().max() if bool(one.isfinite().any()) else torch.tensor(1.0)
+    found = float(finite.max() / largest.clamp_min(1e-300)) if finite.numel() else 0.0
+    return found if found == found else float("inf")
+
+
+@contextmanager
+def _same_randomness() -> Iterator[None]:
+    """Dropout in training mode drops the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+class Widened(TorchDispatchMode):
+    """Computes in float64 also where a network asks for less."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in WIDE:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)

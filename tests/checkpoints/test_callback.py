@@ -82,7 +82,7 @@ def test_a_training_leaves_its_history_with_metrics_and_hyper_parameters(library
     start, end = zoo[0].state_dict(), zoo[-1].state_dict()
     assert all(torch.equal(start[name], tensor) for name, tensor in first.items())
     assert all(torch.equal(end[name], tensor) for name, tensor in module.model.state_dict().items())
-    assert zoo.spec.groups == {"0": 6}
+    assert zoo.spec.groups["0"].size == 6
     assert zoo.column("learning_rate").tolist() == [0.1] * 7 and set(zoo.column("tag")) == {"a"}
     fresh = zoo.filter(step=[10, 20])
     assert fresh.column("metric_step").tolist() == [10, 20]

@@ -133,7 +133,7 @@ def test_runs_of_gpt_with_the_steps_of_their_keys(tmp_path: Path) -> None:
     zoo = Zoo(tmp_path / "a")
     assert report.checkpoints == 2 and zoo.metric == "avg_test_loss" and zoo.column("step").tolist() == [0, 946]
     assert torch.equal(zoo.read([0, 1]), torch.stack(networks)) and zoo.loss.tolist() == pytest.approx([2.3, 0.3])
-    assert zoo.column("run").tolist() == ["000003"] * 2 and zoo.spec.groups == {"0": 10}
+    assert zoo.column("run").tolist() == ["000003"] * 2 and zoo.spec.groups["0"].size == 10
     import_checkpoints(tmp_path / "cartpole", tmp_path / "b", metric="train_ret")
     assert torch.equal(Zoo(tmp_path / "b").read([0])[0], policy) and Zoo(tmp_path / "b").column("step").tolist() == [7]
 
@@ -183,7 +183,7 @@ def test_a_module_says_what_fits_and_what_is_interchangeable(tmp_path: Path) -> 
     module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     report = import_checkpoints(tmp_path, tmp_path / "zoo", module=module)
     assert report.checkpoints == 1 and list(report.skipped.values()) == [["0.pt"]]
-    assert Zoo(tmp_path / "zoo").spec.groups == {"0": 6}
+    assert Zoo(tmp_path / "zoo").spec.groups["0"].size == 6
 
 
 def test_nothing_there_and_another_zoo(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_no_zoo_another_format_and_a_foreign_file(tmp_path: Path, toy: Classific
     with pytest.raises(CorruptFileError, match=r"me-0\.safetensors: truncated or altered"):
         Zoo(tmp_path)
     write_json(tmp_path / "zoo.json", {**read_json(tmp_path / "zoo.json"), "format": 1})
-    with pytest.raises(MoleError, match="format 1; this version reads 2"):
+    with pytest.raises(MoleError, match="format 1; this version reads 3"):
         Zoo(tmp_path)
 
 
@@ -377,14 +377,21 @@ def test_a_layout_that_is_gone_is_a_fault(tmp_path: Path, toy: Classification) -
     assert verify(tmp_path) == [f"{layout}: missing"]
 
 
-def test_counters_beyond_float16_stay_finite_and_weights_beyond_it_are_told(tmp_path: Path) -> None:
-    state = {"weight": torch.ones(2), "num_batches_tracked": torch.tensor(70_000)}
+def test_whole_numbers_are_exact_and_weights_beyond_float16_are_told(tmp_path: Path) -> None:
+    state = {"weight": torch.ones(2), "num_batches_tracked": torch.tensor(2**40 + 1)}
     spec = WeightSpec.of_state(state)
     with ZooWriter(tmp_path, replace(HEADER, dtype="float16"), "a") as writer:
-        flat = spec.flatten(state)[None]
-        writer.write("a-0", spec, flat, {"run": ["x"], "step": [0], "loss": [1.0]})
+        flat, table = spec.flatten(state)[None], spec.flatten_table(state)[None]
+        columns = {"run": ["x"], "step": [0], "loss": [1.0]}
+        writer.write("a-0", spec, flat, columns, table=table)
         assert writer.fits(spec, torch.cat([flat, flat * 1e6])).tolist() == [True, False]
-    assert Zoo(tmp_path).read([0]).tolist() == [[1, 1, 65504]]
+        with pytest.raises(MoleError, match=r"a table of shape \(1, 2\) for 1 checkpoints"):
+            writer.write("a-1", spec, flat, columns, table=torch.zeros(1, 2, dtype=torch.int64))
+    zoo = Zoo(tmp_path)
+    assert zoo.read([0]).tolist() == [[1, 1]]
+    found = zoo[0].state_dict()
+    assert found["num_batches_tracked"].item() == 2**40 + 1 and found["num_batches_tracked"].dtype == torch.int64
+    assert verify(tmp_path) == []
 
 
 def test_a_metric_cannot_have_the_name_of_a_column_with_a_meaning() -> None:

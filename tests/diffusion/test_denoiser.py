@@ -5,8 +5,10 @@ from mole.config import GeneratorConfig
 from mole.diffusion.conditions import Conditions, fourier
 from mole.diffusion.denoiser import Denoiser
 from mole.diffusion.process import noise_level, noise_schedule, reverse
-from mole.representations import NeuronView
+from mole.representations import View, ViewName, WeightSpec, make_view, neuron_view
 from mole.tasks import Classification
+
+from ..representations.architectures import TORCH
 
 CONFIG = GeneratorConfig(width=16, layers=2, heads=2)
 
@@ -15,9 +17,9 @@ def conditions(size: int) -> Conditions:
     return Conditions(torch.linspace(0.5, 2.3, size), torch.linspace(0.1, 1, size))
 
 
-def shaken(task: Classification) -> Denoiser:
+def shaken(view: View, config: GeneratorConfig = CONFIG) -> Denoiser:
     """A denoiser with random weights everywhere: zero gates would make any test of it vacuous."""
-    denoiser = Denoiser(NeuronView(task.spec), CONFIG).double()
+    denoiser = Denoiser(view, config).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in denoiser.parameters():
@@ -26,33 +28,53 @@ def shaken(task: Classification) -> Denoiser:
 
 
 def test_an_untrained_model_returns_its_start_exactly(toy: Classification) -> None:
-    denoiser = Denoiser(NeuronView(toy.spec), CONFIG)
+    denoiser = Denoiser(neuron_view(toy.spec), CONFIG)
     noised, start = torch.randn(2, 3, toy.spec.size)
     assert torch.equal(denoiser(noised, start, torch.ones(3), conditions(3)), start)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_permuting_both_inputs_permutes_the_output(toy: Classification, seed: int) -> None:
-    denoiser, generator = shaken(toy), torch.Generator().manual_seed(seed)
-    noised, start = torch.randn(2, 3, toy.spec.size, generator=generator).double()
-    order = {"0": torch.randperm(4, generator=generator)}
-    level = torch.tensor([0.2, 0.7, 1.0]).double()
+def commutes(denoiser: Denoiser, spec: WeightSpec, seed: int) -> tuple[float, float]:
+    """Difference between the denoised permuted networks and the permuted denoised ones; and if only one is permuted."""
+    generator = torch.Generator().manual_seed(seed)
+    noised, start = torch.randn(2, 3, spec.size, generator=generator).double()
+    element, level = spec.random_element(generator), torch.tensor([0.2, 0.7, 1.0]).double()
     asked = Conditions(*(c.double() for c in conditions(3)))
-
-    def move(flat: torch.Tensor) -> torch.Tensor:
-        index = toy.spec.permute(torch.arange(toy.spec.size, dtype=torch.float32)[None], order)[0].long()
-        return flat[:, index]
-
     with torch.no_grad():
-        plain = denoiser(noised, start, level, asked)
-        moved = denoiser(move(noised), move(start), level, asked)
-        only_one = denoiser(move(noised), start, level, asked)
-    torch.testing.assert_close(moved, move(plain), rtol=0, atol=1e-12)
-    assert (only_one - move(plain)).abs().max() > 1e-2
+        plain = element.act(denoiser(noised, start, level, asked))
+        moved = denoiser(element.act(noised), element.act(start), level, asked)
+        only_one = denoiser(element.act(noised), start, level, asked)
+    return float((moved - plain).abs().max()), float((only_one - plain).abs().max())
+
+
+@pytest.mark.parametrize("view", ["neurons", "graph"])
+@pytest.mark.parametrize("name", ["mlp", "convnet", "residual", "dense", "lstm", "gated", "attention"])
+def test_permuting_both_inputs_permutes_the_output(name: str, view: ViewName) -> None:
+    spec = WeightSpec.of(*TORCH[name]())
+    both, one = commutes(shaken(make_view(view, spec)), spec, 0)
+    assert both < 1e-11 and one > 1e-2
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_position_breaks_the_symmetry_and_chunks_have_none(toy: Classification, seed: int) -> None:
+    plain = CONFIG.model_copy(update={"symmetry": "none"})
+    assert commutes(shaken(neuron_view(toy.spec)), toy.spec, seed)[0] < 1e-12
+    for view in ("neurons", "graph", "chunks"):
+        assert commutes(shaken(make_view(view, toy.spec), plain), toy.spec, seed)[0] > 1e-2, view
+
+
+def test_the_scheduler_commutes_with_the_group(toy: Classification) -> None:
+    element = toy.spec.random_element(3)
+    noise, start = torch.randn(2, 3, toy.spec.size).double()
+    denoiser = shaken(neuron_view(toy.spec))
+    asked = Conditions(*(c.double() for c in conditions(3)))
+    with torch.no_grad():
+        plain = reverse(denoiser, noise, start, asked, 4).flat
+        moved = reverse(denoiser, element.act(noise), element.act(start), asked, 4).flat
+    torch.testing.assert_close(moved, element.act(plain), rtol=1e-6, atol=1e-6)
 
 
 def test_every_condition_and_input_reaches_the_output(toy: Classification) -> None:
-    denoiser = shaken(toy)
+    denoiser = shaken(neuron_view(toy.spec))
     noised, start = torch.randn(2, 2, toy.spec.size).double()
     base = [noised, start, torch.full((2,), 0.5).double(), torch.ones(2).double(), torch.ones(2).double()]
 

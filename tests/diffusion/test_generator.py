@@ -7,18 +7,19 @@ from torch import nn
 
 from mole.config import GeneratorConfig
 from mole.diffusion import Generator
+from mole.diffusion.codec import Codec
 from mole.diffusion.denoiser import Denoiser
 from mole.diffusion.generator import FORMAT, Card
 from mole.errors import CorruptFileError, MoleError, PromptWarning
 from mole.files import read_json, write_json
-from mole.representations import NeuronView
+from mole.representations import neuron_view
 from mole.tasks import Classification
 
 
 @pytest.fixture
 def generator(digits: Classification) -> Generator:
     config = GeneratorConfig(width=16, layers=1, heads=2)
-    denoiser = Denoiser(NeuronView(digits.spec), config)
+    denoiser = Denoiser(neuron_view(digits.spec), config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in denoiser.parameters():
@@ -28,7 +29,8 @@ def generator(digits: Classification) -> Generator:
         spec=digits.spec.to_json(), scales=[0.1, 0.1, 0.2, 0.2], prompt_range=(0.1, 2.4), zoo="zoo-digest",
         train_steps=1, seed=0,
     )  # fmt: skip
-    return Generator(denoiser.eval(), card, torch.device("cpu"), digits)
+    codec = Codec(digits.spec, config, card.scales)
+    return Generator(denoiser.eval(), codec, card, torch.device("cpu"), digits)
 
 
 def test_samples_are_plain_networks_with_their_origin(generator: Generator, tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_damaged_and_missing_files_are_named(generator: Generator, tmp_path: Pat
         Generator.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(weights)
     for change, message in (
-        ({"format": 99}, "format 99; this version reads 1"),
+        ({"format": 99}, "format 99; this version reads 2"),
         ({"surprise": 1}, "surprise"),
         ({"scales": "x"}, "scales"),
         ({"denoiser": {**config["denoiser"], "width": 32}}, "altered after it was written"),

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,8 @@ from mole.checkpoints import Zoo
 from mole.config import Config, load
 from mole.diffusion.module import DenoiserTraining, learning_rate_factor
 from mole.diffusion.pairs import PairBatches, ZooPairs, choose_states
-from mole.diffusion.training import Data, train_generator
+from mole.diffusion.training import Data, make_codec, train_generator
 from mole.errors import MoleError
-from mole.representations import EntryScale
 from mole.tasks import Classification
 
 CPU = torch.device("cpu")
@@ -29,11 +29,13 @@ def zoo(toy_zoo: Zoo) -> Zoo:
 
 
 def batches(zoo: Zoo, config: Config = CONFIG) -> PairBatches:
-    return PairBatches(ZooPairs(zoo), EntryScale.fit(zoo.spec, zoo.chunks()), config.train, seed=0)
+    source = ZooPairs(zoo)
+    return PairBatches(source, make_codec(config, source), config.train, seed=0)
 
 
 def test_a_batch_depends_on_its_step_alone(zoo: Zoo) -> None:
-    late = PairBatches(ZooPairs(zoo), EntryScale.fit(zoo.spec, zoo.chunks()), CONFIG.train, seed=0, first_step=9)
+    source = ZooPairs(zoo)
+    late = PairBatches(source, make_codec(CONFIG, source), CONFIG.train, seed=0, first_step=9)
     first, again = list(batches(zoo))[9], next(iter(late))
     assert torch.equal(first.noised, again.noised) and torch.equal(first.level, again.level)
     assert len(list(late)) == 3
@@ -41,7 +43,7 @@ def test_a_batch_depends_on_its_step_alone(zoo: Zoo) -> None:
 
 
 def test_pairs_are_of_one_run_and_in_order_of_time(zoo: Zoo) -> None:
-    scale = EntryScale.fit(zoo.spec, zoo.chunks())
+    scale = make_codec(CONFIG, ZooPairs(zoo))
     rows, loss = scale.normalise(zoo.read(torch.arange(40))), zoo.loss.reshape(10, 4)
     pure = 0
     for step in range(12):
@@ -68,10 +70,10 @@ def test_states_of_short_and_long_runs_are_chosen_within_them() -> None:
 
 def test_the_divergence_is_zero_for_the_true_network_and_positive_otherwise(toy: Classification, zoo: Zoo) -> None:
     from mole.diffusion.denoiser import Denoiser
-    from mole.representations import NeuronView
+    from mole.representations import neuron_view
 
-    scale = EntryScale.fit(zoo.spec, zoo.chunks())
-    module = DenoiserTraining(Denoiser(NeuronView(zoo.spec), CONFIG.generator), scale, toy, CONFIG.train, seed=0)
+    codec = make_codec(CONFIG, ZooPairs(zoo))
+    module = DenoiserTraining(Denoiser(neuron_view(zoo.spec), CONFIG.generator), codec, toy, CONFIG.train, seed=0)
     clean = batches(zoo).batch(0).clean
     assert module._divergence(clean, clean).item() == pytest.approx(0, abs=1e-6)
     assert module._divergence(clean * 0.5, clean).item() > 1e-3
@@ -133,3 +135,57 @@ def test_a_loss_that_is_no_number_stops_the_training_with_advice(toy: Classifica
     config = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"learning_rate": 1e30})})
     with pytest.raises(MoleError, match=r"the loss is nan at step 3; lower train\.learning_rate \(now 1e\+30\)"):
         train(config, toy, zoo, tmp_path / "d.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("view", "symmetry"),
+    [
+        ("neurons", "none"), ("neurons", "augment"), ("neurons", "canonical"), ("graph", "equivariant"),
+        ("graph", "canonical"), ("chunks", "none"), ("chunks", "augment"), ("chunks", "canonical"),
+        ("latent", "canonical"), ("flat", "none"),
+    ],
+)  # fmt: skip
+def test_every_view_trains_saves_loads_and_draws(
+    view: str, symmetry: str, toy: Classification, zoo: Zoo, tmp_path: Path
+) -> None:
+    settings = {"view": view, "symmetry": symmetry, "latent": 16, "latent_steps": 5, "chunk": 8}
+    generator = CONFIG.generator.model_copy(update=settings)
+    config = CONFIG.model_copy(update={"generator": generator, "task": toy.config})
+    data = Data(toy, lambda state: ZooPairs(zoo), zoo)
+    made, *_ = train_generator(
+        config, data, tmp_path / "state.ckpt", identity="a", device=torch.device("cpu"),
+        progress=lambda step, note="": None, log=lambda step, values: None,
+    )  # fmt: skip
+    made = made.save(tmp_path / "generator")
+    again = replace(type(made).load(tmp_path / "generator"), loaded_task=toy)
+    starts, target = zoo.read(zoo.first), torch.full((zoo.runs,), 0.5)
+    assert torch.equal(again.draw(starts, target).flat, made.draw(starts, target).flat)
+
+
+def test_augmentation_moves_a_start_and_its_target_together(toy: Classification, zoo: Zoo) -> None:
+    settings = {"view": "neurons", "symmetry": "augment"}
+    config = CONFIG.model_copy(update={"generator": CONFIG.generator.model_copy(update=settings)})
+    source = ZooPairs(zoo)
+    codec = make_codec(config, source)
+    moved, plain = PairBatches(source, codec, config.train, seed=0).batch(3), batches(zoo).batch(3)
+    assert not torch.equal(moved.start, plain.start)
+    task = toy.measure(codec.restore(plain.clean), "prompt")["loss"]
+    torch.testing.assert_close(toy.measure(codec.restore(moved.clean), "prompt")["loss"], task)
+    distance = (moved.start - moved.clean).norm(dim=1)
+    torch.testing.assert_close(distance, (plain.start - plain.clean).norm(dim=1))  # one element for both
+
+
+def test_all_states_of_a_run_follow_its_last_one(toy: Classification, zoo: Zoo) -> None:
+    settings = {"view": "neurons", "symmetry": "canonical"}
+    config = CONFIG.model_copy(update={"generator": CONFIG.generator.model_copy(update=settings)})
+    source = ZooPairs(zoo)
+    before = zoo.read(torch.arange(len(zoo)))
+    codec = make_codec(config, source)
+    after = torch.cat(list(source.chunks()))
+    assert source.elements is not None and codec.canonical is not None
+    runs = torch.repeat_interleave(source.counts)
+    torch.testing.assert_close(after, source.elements[runs].act(before))
+    torch.testing.assert_close(toy.measure(after, "prompt")["loss"], zoo.loss, rtol=1e-4, atol=1e-5)
+    last = after[zoo.last]
+    torch.testing.assert_close(codec.canonical.elements(last).act(last), last, rtol=1e-4, atol=1e-5)  # idempotent
+    torch.testing.assert_close(source.elements[runs].undo(after), before, rtol=1e-4, atol=1e-6)
