@@ -1,0 +1,216 @@
+"""Which representation of networks a generator learns best from: every view times every handling of symmetry.
+
+Each generator gets the same zoo, the same number of steps, the same batches of runs, and the same transformer; only
+what its tokens are and what is done about symmetry differ. A learned code is trained before, and its time counts. Each
+one is trained and judged in a process of its own on one thread, so that memory is its own. A generator that is finished
+is not trained again. Diversity is the mean distance between generated networks, modulo the order of neurons, over that
+between trained ones: 1 is right, 0 is one network for all.
+
+    python benchmarks/representations.py --out runs/representations --steps 400 --seeds 0 1 2 --workers 2
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mole.config import EvaluateConfig, GeneratorConfig, load
+from mole.evaluation.novelty import PermutationDistance
+from mole.representations import WeightSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CASES = [
+    (view, symmetry)
+    for view in ("chunks", "latent", "neurons", "graph")
+    for symmetry in ("none", "augment", "canonical", "equivariant")
+    if symmetry != "equivariant" or view in ("neurons", "graph")
+]
+"""`equivariant` is not defined for chunks and for a learned code."""
+
+COLUMNS = {
+    "prompt_accuracy": "one pass, prompt images", "test_accuracy": "one pass, test images", "r2": "alignment R²",
+    "diversity": "diversity", "parameters": "parameters", "seconds": "seconds", "memory_gb": "peak GB",
+}  # fmt: skip
+
+
+def train_one(view: str, symmetry: str, seed: int, steps: int, zoo_folder: Path) -> dict[str, Any]:
+    """Train one generator and judge it."""
+    from mole.checkpoints import Zoo
+    from mole.diffusion.pairs import ZooPairs
+    from mole.diffusion.training import Data, train_generator
+    from mole.evaluation.alignment import alignment, prompts
+    from mole.tasks import Classification, load_task
+
+    torch.set_num_threads(1)
+    config = load([ROOT / "configs" / "digits.yaml"], [("seed", str(seed)), ("train.steps", str(steps))])
+    chosen = GeneratorConfig.model_validate({**config.generator.model_dump(), "view": view, "symmetry": symmetry})
+    config = config.model_copy(update={"generator": chosen})
+    training, heldout = Zoo(zoo_folder).finished().split_by_run(config.harvest.heldout_runs)
+    task = load_task(config.task)
+    assert isinstance(task, Classification)
+    began = time.perf_counter()
+    state = zoo_folder.parent / f"{view}-{symmetry}.ckpt"
+    generator, *_ = train_generator(
+        config, Data(task, lambda state: ZooPairs(training), heldout), state, identity="", device=torch.device("cpu"),
+        progress=lambda step, note="": None, log=lambda step, values: None,
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    state.unlink(missing_ok=True)
+    starts, best = heldout.read(heldout.first), float(training.loss.min())
+    drawn = generator.draw(starts, torch.full((len(starts),), best), seed=seed).flat
+    count = EvaluateConfig().prompts
+    prompted = prompts(best, heldout.loss[heldout.first], count)
+    asked = generator.draw(starts.repeat_interleave(count, 0), prompted.flatten(), seed=seed).flat
+    achieved = task.measure(asked, "test")["loss"].reshape(prompted.shape)
+    result = {
+        "view": view, "symmetry": symmetry, "seed": seed, "steps": steps,
+        "prompt_accuracy": float(task.measure(drawn, "prompt")["accuracy"].mean()),
+        "test_accuracy": float(task.measure(drawn, "test")["accuracy"].mean()),
+        "r2": alignment(prompted, achieved, task.measure(starts, "test")["loss"])["r2_mean"],
+        "diversity": diversity(drawn, heldout.read(heldout.last), training.spec),
+        "parameters": sum(p.numel() for p in generator.denoiser.parameters()),
+        "codec_parameters": sum(p.numel() for p in generator.codec.parameters()),
+        "seconds": seconds, "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }  # fmt: skip
+    if generator.codec.autoencoder is not None:  # what the learned code itself loses
+        last = heldout.read(heldout.last)
+        again = generator.codec.restore(generator.codec.normalise(last))
+        result["code_error"] = float((again - last).square().sum() / (last - last.mean(0)).square().sum())
+        result["code_accuracy"] = float(task.measure(again, "test")["accuracy"].mean())
+        result["trained_accuracy"] = float(task.measure(last, "test")["accuracy"].mean())
+    return result
+
+
+def diversity(drawn: Tensor, trained: Tensor, spec: WeightSpec) -> float:
+    """Mean distance between generated networks over that between trained ones, modulo the order of neurons."""
+    distance = PermutationDistance(spec)
+    means = [float(distance.pairwise(flat[:24], flat[24:48]).mean()) for flat in (drawn, trained)]
+    return means[0] / means[1]
+
+
+def run_all(out: Path, seeds: list[int], steps: int, workers: int) -> list[dict[str, Any]]:
+    """Every case and seed that is not there yet."""
+    for seed in seeds:
+        command = ["train.py", "--only", "harvest", "--seed", str(seed), "--out", str(out / f"seed-{seed}")]
+        subprocess.run([sys.executable, *command, "--tracking.mode", "disabled"], cwd=ROOT, check=True)
+    results = out / "results.jsonl"
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    known = {(r["view"], r["symmetry"], r["seed"], r["steps"]) for r in done}
+    waiting = [(*case, seed) for seed in seeds for case in CASES if (*case, seed, steps) not in known]
+
+    def one(job: tuple[str, str, int]) -> None:
+        view, symmetry, seed = job
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            view,
+            symmetry,
+            str(seed),
+            "--steps",
+            str(steps),
+            "--out",
+            str(out),
+        ]
+        found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()[-1]
+        with results.open("a") as file:
+            file.write(found + "\n")
+        row = json.loads(found)
+        print(f"{view} {symmetry} seed {seed}: {row['prompt_accuracy']:.4f} in {row['seconds']:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(one, waiting))
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    return [row for row in rows if row["seed"] in seeds and row["steps"] == steps]
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per case: means over seeds, and the spread of the accuracies."""
+    found = []
+    for view, symmetry in CASES:
+        mine = [row for row in rows if (row["view"], row["symmetry"]) == (view, symmetry)]
+        if mine:
+            means = {name: mean(row[name] for row in mine) for name in COLUMNS}
+            spread = stdev(row["test_accuracy"] for row in mine) if len(mine) > 1 else 0.0
+            found.append({"view": view, "symmetry": symmetry, "seeds": len(mine), "spread": spread, **means})
+    return found
+
+
+def table(cases: list[dict[str, Any]]) -> str:
+    """The table of the docs."""
+    best = max(case["prompt_accuracy"] for case in cases)
+    lines = [
+        "| view | symmetry | one pass, prompt images | one pass, test images | alignment R² | parameters | seconds | peak GB |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for case in cases:
+        bold = "**" if case["prompt_accuracy"] == best else ""
+        cells = [
+            case["view"], case["symmetry"], f"{bold}{case['prompt_accuracy']:.3f}{bold}",
+            f"{case['test_accuracy']:.3f} ± {case['spread']:.3f}", f"{case['r2']:.3f}", f"{case['diversity']:.2f}",
+            f"{case['parameters'] / 1e6:.2f} M", f"{case['seconds']:.0f}", f"{case['memory_gb']:.1f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(cases: list[dict[str, Any]], path: Path) -> None:
+    """Test accuracy of every case, views beside each other."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    colours = {"none": "#999999", "augment": "#E69F00", "canonical": "#009E73", "equivariant": "#0072B2"}
+    views = list(dict.fromkeys(case["view"] for case in cases))
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for place, (symmetry, colour) in enumerate(colours.items()):
+        mine = [case for case in cases if case["symmetry"] == symmetry]
+        at = [views.index(case["view"]) + 0.2 * (place - 1.5) for case in mine]
+        heights, spreads = [case["test_accuracy"] for case in mine], [case["spread"] for case in mine]
+        axes.bar(at, heights, 0.18, yerr=spreads, color=colour, label=symmetry, capsize=2)
+        for x, height in zip(at, heights, strict=True):
+            axes.annotate(f"{height:.2f}", (x, height), ha="center", va="bottom", fontsize=7, xytext=(0, 4),
+                          textcoords="offset points")  # fmt: skip
+    axes.set_xticks(range(len(views)), views)
+    axes.set(ylabel="test accuracy of one pass", ylim=(0, 1.05))
+    steps, seeds = "the same steps and batches", max(case["seeds"] for case in cases)
+    axes.set_title(f"Representations head to head: {steps}, mean and deviation of {seeds} seeds", fontsize=10)
+    axes.legend(title="symmetry", frameon=False, ncols=4, loc="lower left", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/representations"))
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--one", nargs=3, metavar=("VIEW", "SYMMETRY", "SEED"))
+    options = parser.parse_args()
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if options.one:
+        view, symmetry, seed = options.one
+        print(json.dumps(train_one(view, symmetry, int(seed), options.steps, out / f"seed-{seed}" / "zoo")))
+        return
+    cases = summary(run_all(out, options.seeds, options.steps, options.workers))
+    (out / "table.md").write_text(table(cases) + "\n")
+    draw(cases, out / "representations.png")
+    print(table(cases))
+    print(json.dumps({"steps": options.steps, "cases": cases}))
+
+
+if __name__ == "__main__":
+    main()
