@@ -62,7 +62,7 @@ def train_one(view: str, symmetry: str, seed: int, steps: int, zoo_folder: Path)
     state = zoo_folder.parent / f"{view}-{symmetry}.ckpt"
     generator, *_ = train_generator(
         config, Data(task, lambda state: ZooPairs(training), heldout), state, identity="", device=torch.device("cpu"),
-        progress=lambda step, note="": None, log=lambda step, values: None,
+        progress=lambda done, note="": None, log=lambda step, values: None,
     )  # fmt: skip
     seconds = time.perf_counter() - began
     state.unlink(missing_ok=True)
@@ -149,10 +149,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(cases: list[dict[str, Any]]) -> str:
     """The table of the docs."""
     best = max(case["prompt_accuracy"] for case in cases)
-    lines = [
-        "| view | symmetry | one pass, prompt images | one pass, test images | alignment R² | parameters | seconds | peak GB |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = [f"| view | symmetry | {' | '.join(COLUMNS.values())} |", "|---" * (2 + len(COLUMNS)) + "|"]
     for case in cases:
         bold = "**" if case["prompt_accuracy"] == best else ""
         cells = [

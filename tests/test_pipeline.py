@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import nn
 
@@ -164,7 +165,8 @@ def test_in_transit_no_zoo_is_written_and_every_group_is_recorded_before_it_is_r
     tiny_run: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(tiny_run, folder)  # its zoo goes when the mode changes
+    shutil.copytree(tiny_run, folder)
+    shutil.rmtree(folder / "zoo")
     killed = run_command("train", *STREAM, "--out", str(folder), code=KILL)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     before = [r for r in Ledger(folder / "provenance" / "ledger.jsonl").records if r["type"] == "streamed group"]
@@ -185,12 +187,16 @@ def test_in_transit_no_zoo_is_written_and_every_group_is_recorded_before_it_is_r
 
 
 def test_varied_runs_are_harvested_with_their_factors_and_refused_by_the_generator(tmp_path: Path) -> None:
-    done = run_command(
+    varied = (
         "configs/tiny.yaml", "--out", str(tmp_path), "--harvest.vary.width", "[4, 8]", "--harvest.keep", "loss",
         "--harvest.vary.optimizer", "[adam, sgd]", "--harvest.dtype", "float16",
     )  # fmt: skip
-    assert done.returncode == 1 and "networks of 2 layouts (0.weight is (" in done.stderr
-    assert "filter by a factor first" in done.stderr and "Traceback" not in done.stderr
+    refused = run_command(*varied, "--harvest.vary.activation", "[relu, tanh]")
+    assert refused.returncode == 2 and not (tmp_path / "zoo").exists()
+    for name in ("width", "activation"):
+        assert f"harvest.vary.{name}: generators are not conditioned on what a network is" in refused.stderr
+    assert "legal is --only harvest" in refused.stderr
+    assert run_command(*varied, "--only", "harvest").returncode == 0
     zoo = mole.Zoo(tmp_path / "zoo")
     assert zoo.runs == 64 and set(zoo.column("width")) == {4, 8} and set(zoo.column("optimizer")) == {"adam", "sgd"}
     assert zoo.header.dtype == "float16" and zoo.filter(width=8).spec.size == 610
@@ -200,8 +206,8 @@ def test_tasks_that_generators_cannot_learn_yet_say_so(tmp_path: Path) -> None:
     done = run_command("--task.name", "cartpole", "--task.steps", "16", "--harvest.runs", "2", "--harvest.heldout_runs",
                        "1", "--harvest.checkpoints", "2", "--sample.networks", "1", "--evaluate.starts", "1",
                        "--tracking.mode", "disabled", "--out", str(tmp_path))  # fmt: skip
-    assert done.returncode == 1 and "cartpole can be harvested, but generators learn classifiers only" in done.stderr
-    assert mole.Zoo(tmp_path / "zoo").columns[-2:] == ["loss", "return"]
+    assert done.returncode == 2 and not (tmp_path / "zoo").exists()
+    assert "cartpole with depth 2 can be harvested, but generators learn classifiers with one hidden" in done.stderr
 
 
 def test_the_smallest_legal_run(tmp_path: Path) -> None:
@@ -343,3 +349,34 @@ def test_every_config_runs_for_two_steps(path: Path, tmp_path: Path, monkeypatch
     report = run(request.config, request.out, request.stages, LineReporter(), began=0.0)
     assert report["harvest"]["runs"] == 22 and report["harvest"]["diverged_runs"] == 0
     assert only or (report["train"]["steps"] == 2 and report["rank"]["candidates"] == 2)
+
+
+def harvest_again(folder: Path) -> str:
+    done = run_command("configs/tiny.yaml", "--only", "harvest", "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_damaged_header_or_layout_is_made_again_and_the_shards_stay(tiny_run: Path, tmp_path: Path) -> None:
+    zoo = tmp_path / "run" / "zoo"
+    shutil.copytree(tiny_run, tmp_path / "run")
+    shards = {path: (path.stat().st_mtime_ns, file_digest(path)) for path in (zoo / "shards").glob("*.safetensors")}
+    header, (layout,) = zoo / "zoo.json", (zoo / "layouts").iterdir()
+    before = header.read_text(), layout.read_text()
+    header.write_text(before[0].replace('"seed": 0', '"seed": 1', 1))
+    harvest_again(tmp_path / "run")
+    layout.write_text("x")
+    harvest_again(tmp_path / "run")
+    layout.unlink()
+    harvest_again(tmp_path / "run")
+    assert (header.read_text(), layout.read_text()) == before
+    assert {path: (path.stat().st_mtime_ns, file_digest(path)) for path in shards} == shards
+
+
+def test_imported_networks_are_not_removed_by_a_harvest(tmp_path: Path) -> None:
+    network = nn.Linear(3, 2)
+    torch.save(network.state_dict(), tmp_path / "step1.pt")
+    mole.import_checkpoints(tmp_path / "step1.pt", tmp_path / "run" / "zoo")
+    done = run_command("configs/tiny.yaml", "--only", "harvest", "--out", str(tmp_path / "run"))
+    assert done.returncode == 1 and "networks from elsewhere (import) are here" in done.stderr
+    assert len(mole.Zoo(tmp_path / "run" / "zoo")) == 1

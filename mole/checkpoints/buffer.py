@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from mole.checkpoints.format import shards
+from mole.checkpoints.format import plain, shards
 from mole.checkpoints.writer import ZooWriter
 from mole.representations import WeightSpec
 
@@ -103,10 +103,3 @@ class Buffer:
             contents = table["content"].to_pylist() if "content" in names else [None] * len(table)
             found |= dict(zip(keys, contents, strict=True))
         return found
-
-
-def plain(value: Any) -> Any:
-    """A value that a column can hold: larger whole numbers as texts, and texts without what UTF-8 lacks."""
-    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
-        value = str(value)
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

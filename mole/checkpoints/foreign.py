@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mole.checkpoints.buffer import plain
+from mole.checkpoints.format import plain
 from mole.checkpoints.gpt import NETWORKS, step_of_key
 from mole.errors import CorruptFileError
 from mole.files import read_json

@@ -30,9 +30,16 @@ INDEX_KEYS = ("run", "step", "layout", "diverged")
 """Columns that every index has; the others are factors (what was varied or given) and metrics."""
 
 
+def plain(value: Any) -> Any:
+    """A value that a column can hold: larger whole numbers as texts, and texts without what UTF-8 lacks."""
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+        value = str(value)
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
 def column_names(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The same values; what would have the name of a column with a fixed meaning gets a prefix."""
-    return {f"{prefix}.{name}" if name in RESERVED else name: value for name, value in values.items()}
+    return {f"{prefix}.{name}" if name in RESERVED else plain(name): value for name, value in values.items()}
 
 
 @dataclass(frozen=True)

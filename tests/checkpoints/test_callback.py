@@ -266,3 +266,43 @@ def test_what_is_too_large_for_the_dtype_is_left_out_with_one_warning(tmp_path: 
     harvest = mole.Harvest(tmp_path, metric="train/loss", every_n_steps=5, dtype="float16")
     fit(L, harvest, module)
     assert harvest.skipped == 5 and not list((tmp_path / "shards").glob("*.parquet"))
+
+
+def test_a_training_that_diverges_is_marked(tmp_path: Path) -> None:
+    module = small_module(L, learning_rate=1e30)
+    with pytest.warns(UserWarning, match="no finite float32 numbers"):
+        fit_loudly(module, mole.Harvest(tmp_path, metric="train/loss", every_n_steps=1))
+    zoo = Zoo(tmp_path)
+    assert bool(zoo.column("diverged")[-1])
+    with pytest.raises(MoleError, match="every run diverged"):
+        zoo.finished()
+
+
+def fit_loudly(module: Any, harvest: Any) -> None:
+    settings = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(**settings, enable_model_summary=False, accelerator="cpu", devices=1, callbacks=[harvest])
+    trainer.fit(module, data(), data(16))
+
+
+def test_odd_hyper_parameters_and_extra_state_do_not_stop_a_training(tmp_path: Path) -> None:
+    class Extra(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 1}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            pass
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    module = small_module(L)
+    module.model = Extra()
+    module.save_hyperparameters({"seed": 12432728813196513193, "text": "a\udc80"})
+    fit(L, mole.Harvest(tmp_path, metric="train/loss", every_n_steps=10), module)
+    zoo = Zoo(tmp_path)
+    assert zoo.column("seed")[0] == "12432728813196513193" and zoo.column("text")[0] == "a\\udc80"
+    assert set(zoo[0].state_dict()) == {"model.layer.weight", "model.layer.bias"}

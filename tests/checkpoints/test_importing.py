@@ -270,3 +270,45 @@ def test_a_zoo_without_its_metric_can_be_looked_at(tmp_path: Path) -> None:
     report = import_checkpoints(tmp_path, tmp_path / "zoo", metric="vall_loss")
     assert "none of them has the metric 'vall_loss'" in str(report)
     assert "vall_loss unknown" in repr(Zoo(tmp_path / "zoo"))
+
+
+def test_values_that_no_column_holds_are_left_out_or_told_as_text(tmp_path: Path) -> None:
+    good = network(1)
+    torch.save({"state_dict": good, "loss": 10**400, "step": 3}, tmp_path / "a.pt")
+    torch.save({"state_dict": network(2), "step": 2**64}, tmp_path / "b7.pt")
+    torch.save({"state_dict": network(3), "m\udc80": 0.5}, tmp_path / "c8.pt")
+    torch.save({"x\udc80": torch.ones(2)}, tmp_path / "d9.pt")
+    torch.save(dict(nn.Linear(4, 6).named_parameters()), tmp_path / "e1.pt")  # another shape, and needs a gradient
+    deep = tmp_path / "checkpoint-5"
+    deep.mkdir()
+    torch.save(network(4), deep / "model.pt")
+    (deep / "trainer_state.json").write_text("[" * 100_000)
+    report = import_checkpoints(tmp_path, tmp_path / "zoo", module=None)
+    text = str(report)
+    text.encode("utf-8")
+    assert report.checkpoints == 3 and "no Unicode text" in text and "trainer_state.json is damaged" in text
+    assert sorted(Zoo(tmp_path / "zoo").column("step").tolist()) == [3, 7, 8]
+
+
+def test_parameters_are_taken_in_like_tensors(tmp_path: Path) -> None:
+    torch.save(dict(nn.Linear(4, 6).named_parameters()), tmp_path / "step9.pt")
+    assert import_checkpoints(tmp_path, tmp_path / "zoo").checkpoints == 1
+
+
+def test_files_known_by_their_order_stay_known_when_one_is_added(tmp_path: Path) -> None:
+    for number, name in enumerate(("best", "final", "last")):
+        torch.save(network(number), tmp_path / f"{name}.pt")
+    zoo = tmp_path / "zoo"
+    assert import_checkpoints(tmp_path, zoo).checkpoints == 3
+    torch.save(network(9), tmp_path / "average.pt")
+    report = import_checkpoints(tmp_path, zoo)
+    assert (report.checkpoints, report.known, report.skipped) == (1, 3, {})
+    assert Zoo(zoo).column("step").tolist() == [0, 1, 2, 3] and Zoo(zoo)[3].values["source"] == "average.pt"
+
+
+def test_another_dtype_is_refused(tmp_path: Path) -> None:
+    torch.save(network(1), tmp_path / "step1.pt")
+    import_checkpoints(tmp_path, tmp_path / "zoo", dtype="bfloat16")
+    assert import_checkpoints(tmp_path, tmp_path / "zoo").known == 1
+    with pytest.raises(MoleError, match="a zoo of dtype bfloat16; legal here is that one, or another folder"):
+        import_checkpoints(tmp_path, tmp_path / "zoo", dtype="float16")

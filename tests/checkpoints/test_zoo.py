@@ -405,3 +405,12 @@ def test_an_unfinished_shard_is_invisible_also_to_others(tmp_path: Path, toy: Cl
     write(tmp_path, toy)
     ShardFiles(tmp_path, "me-1").index.unlink()  # killed before the last of the three files
     assert Zoo(tmp_path).runs == 2 and verify(tmp_path) == []
+
+
+def test_lists_are_filtered_by_one_or_among_several(tmp_path: Path, toy: Classification) -> None:
+    with ZooWriter(tmp_path, HEADER, "a") as writer:
+        columns = {"run": ["x", "y"], "step": [0, 0], "loss": [1.0, 2.0], "labels": [[0, 1], [0, 1, 2]]}
+        writer.write("a-0", toy.spec, torch.ones(2, 39), columns)
+    zoo = Zoo(tmp_path)
+    assert len(zoo.filter(labels=[0, 1])) == 1 and len(zoo.filter(labels=[[0, 1]])) == 1
+    assert len(zoo.filter(labels=[[0, 1], [0, 1, 2]])) == 2
