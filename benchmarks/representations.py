@@ -84,6 +84,8 @@ def train_one(view: str, symmetry: str, seed: int, steps: int, zoo_folder: Path)
     }  # fmt: skip
     if generator.codec.autoencoder is not None:  # what the learned code itself loses
         last = heldout.read(heldout.last)
+        elements = generator.codec.elements(last)
+        last = last if elements is None else elements.act(last)
         again = generator.codec.restore(generator.codec.normalise(last))
         result["code_error"] = float((again - last).square().sum() / (last - last.mean(0)).square().sum())
         result["code_accuracy"] = float(task.measure(again, "test")["accuracy"].mean())
