@@ -178,7 +178,8 @@ def test_in_transit_no_zoo_is_written_and_every_group_is_recorded_before_it_is_r
     assert report["train"]["resumed_from_step"] == 40 and 0 < stream["reads_per_checkpoint"] <= 4
     assert report["one_pass"]["trained_accuracy_mean"] > 0.8 and "in transit" in done.stdout
     after = [r for r in Ledger(folder / "provenance" / "ledger.jsonl").records if r["type"] == "streamed group"]
-    assert len(after) > len(before) > 0 and stream["runs"] == sum(len(r["runs"]) for r in after[len(before) :])
+    assert len(after) > len(before) > 0  # what came after the last saved state is recorded, but was lost with the kill
+    assert sum(len(r["runs"]) for r in after[len(before) :]) < stream["runs"] <= sum(len(r["runs"]) for r in after)
     runs = [run for record in after for run in record["runs"]]
     assert len(runs) == len(set(runs)) and not set(runs) & set(range(48, 64))  # none twice, none held out
     assert after[0]["wasGeneratedBy"]["recipe"]["task"]["name"] == "digits"
