@@ -163,29 +163,32 @@ def table(cases: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(cases: list[dict[str, Any]], path: Path) -> None:
-    """Test accuracy of every case, views beside each other."""
+def draw(cases: list[dict[str, Any]], path: Path, trained: float = 0.960) -> None:
+    """Accuracy against diversity: a generator that gives one network to everybody stands far to the left."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     colours = {"none": "#999999", "augment": "#E69F00", "canonical": "#009E73", "equivariant": "#0072B2"}
-    views = list(dict.fromkeys(case["view"] for case in cases))
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    markers = {"chunks": "s", "latent": "^", "neurons": "o", "graph": "D"}
+    figure = Figure(figsize=(6.8, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for place, (symmetry, colour) in enumerate(colours.items()):
-        mine = [case for case in cases if case["symmetry"] == symmetry]
-        at = [views.index(case["view"]) + 0.2 * (place - 1.5) for case in mine]
-        heights, spreads = [case["test_accuracy"] for case in mine], [case["spread"] for case in mine]
-        axes.bar(at, heights, 0.18, yerr=spreads, color=colour, label=symmetry, capsize=2)
-        for x, height in zip(at, heights, strict=True):
-            axes.annotate(f"{height:.2f}", (x, height), ha="center", va="bottom", fontsize=7, xytext=(0, 4),
-                          textcoords="offset points")  # fmt: skip
-    axes.set_xticks(range(len(views)), views)
-    axes.set(ylabel="test accuracy of one pass", ylim=(0, 1.05))
-    steps, seeds = "the same steps and batches", max(case["seeds"] for case in cases)
-    axes.set_title(f"Representations head to head: {steps}, mean and deviation of {seeds} seeds", fontsize=10)
-    axes.legend(title="symmetry", frameon=False, ncols=4, loc="lower left", fontsize=8)
+    for case in cases:
+        axes.errorbar(
+            case["diversity"], case["test_accuracy"], yerr=case["spread"], color=colours[case["symmetry"]],
+            marker=markers[case["view"]], markersize=8, markeredgecolor="black", markeredgewidth=0.5, capsize=2,
+        )  # fmt: skip
+    axes.plot(1, trained, marker="x", markersize=9, color="black", linestyle="")
+    axes.annotate("trained networks", (1, trained), ha="right", va="bottom", fontsize=8, xytext=(-6, 4),
+                  textcoords="offset points")  # fmt: skip
+    keys = [axes.plot([], [], marker=m, linestyle="", color="0.7", markeredgecolor="black", label=v)[0]
+            for v, m in markers.items()]  # fmt: skip
+    keys += [axes.plot([], [], marker="o", linestyle="", color=c, label=s)[0] for s, c in colours.items()]
+    axes.legend(handles=keys, frameon=False, ncols=2, loc="lower left", fontsize=8, title="view, symmetry")
+    axes.set(xlabel="diversity of generated networks (1: as trained ones)", ylabel="test accuracy of one pass")
+    axes.set_xlim(0, 1.05)
+    seeds = max(case["seeds"] for case in cases)
+    axes.set_title(f"Representations at the same steps and batches, mean and deviation of {seeds} seeds", fontsize=10)
     figure.savefig(path, dpi=150)
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mole.config import GeneratorConfig
+from mole.errors import MoleError
 from mole.representations import EntryScale, View, WeightSpec, chunk_view, make_view
 from mole.representations.handling import Canonical, Elements
 from mole.representations.latent import Autoencoder
+from mole.representations.views import unequal
 
 
 class Codec(nn.Module):
@@ -50,7 +52,13 @@ class Codec(nn.Module):
         if self.config.view == "chunks":
             return chunk_view(self.spec, size=self.config.chunk)
         assert self.config.view != "latent"
-        return make_view(self.config.view, self.spec)
+        view = make_view(self.config.view, self.spec)
+        if self.config.symmetry == "equivariant" and (broken := unequal(view)):
+            raise MoleError(
+                f"generator.symmetry equivariant: view {self.config.view} of this network is not "
+                f"({', '.join(broken[:5])}); legal there: none, augment, canonical"
+            )
+        return view
 
     def elements(self, flat: Tensor) -> Elements | None:
         """The element that brings each network (N, P) into canonical form; None where none is wanted."""

@@ -14,11 +14,13 @@ from typing import Literal
 class Axis:
     """One axis of one or more tensors; `find` gives the axis that stands for all merged ones."""
 
-    __slots__ = ("frozen", "kind", "link", "parts", "size")
+    __slots__ = ("frozen", "kind", "link", "parts", "read", "size")
 
     def __init__(self, size: int, *, frozen: bool = False) -> None:
         self.size = size
         self.frozen = frozen
+        self.read = False
+        """Whether an operation computed with it; one that is never read may mean anything."""
         self.kind: Literal["leaf", "product", "concat"] = "leaf"
         self.parts: list[Axis] = []
         self.link: Axis | None = None
@@ -39,6 +41,8 @@ class Axis:
         self.kind, self.parts = kind, list(parts)
         if self.frozen:
             freeze(self)
+        if self.read:
+            touch(self)
 
     def terms(self) -> "Iterator[list[Axis]]":
         """The blocks of a concatenation, each as the leaves of its row-major product; size 1 is left out."""
@@ -79,7 +83,7 @@ def _flat(axis: Axis) -> list[Axis]:
 def _settled(axis: Axis) -> Axis:
     """A frozen leaf in the place of an axis whose parts cannot be told apart as blocks."""
     axis = axis.find()
-    axis.kind, axis.parts, axis.frozen = "leaf", [], True
+    axis.kind, axis.parts, axis.frozen, axis.read = "leaf", [], True, True
     return axis
 
 
@@ -89,6 +93,14 @@ def freeze(axis: Axis) -> None:
     axis.frozen = True
     for part in axis.parts:
         freeze(part)
+
+
+def touch(axis: Axis) -> None:
+    """Something was computed along this axis."""
+    axis = axis.find()
+    axis.read = True
+    for part in axis.parts:
+        touch(part)
 
 
 def unify(one: Axis, other: Axis) -> None:
@@ -108,6 +120,8 @@ def unify(one: Axis, other: Axis) -> None:
         leaf.link = kept
         if leaf.frozen:
             freeze(kept)
+        if leaf.read:
+            touch(kept)
         return
     if one.frozen or other.frozen:
         freeze(one)

@@ -26,27 +26,27 @@ class Elements:
     index: Tensor
     """(N, P) int64."""
     factor: Tensor
-    """(N, P) float32."""
+    """(N, P) float64."""
 
     def __getitem__(self, which: Tensor) -> "Elements":
         return Elements(self.index[which], self.factor[which])
 
     def act(self, flat: Tensor) -> Tensor:
         """On flat weights (N, P), each by its own."""
-        return flat.gather(1, self.index.to(flat.device)) * self.factor.to(flat.device)
+        return (flat.gather(1, self.index.to(flat.device)) * self.factor.to(flat.device)).to(flat.dtype)
 
     def act_on_all(self, flat: Tensor) -> Tensor:
         """The one element on every row of (N, P)."""
-        return flat[:, self.index[0].to(flat.device)] * self.factor[0].to(flat.device)
+        return (flat[:, self.index[0].to(flat.device)] * self.factor[0].to(flat.device)).to(flat.dtype)
 
     def undo(self, flat: Tensor) -> Tensor:
         """The inverse of `act`."""
-        divided = flat / self.factor.to(flat.device)
+        divided = (flat / self.factor.to(flat.device)).to(flat.dtype)
         return torch.empty_like(flat).scatter_(1, self.index.to(flat.device), divided)
 
     @classmethod
     def stack(cls, elements: Sequence[Element]) -> "Elements":
-        return cls(torch.stack([e.index for e in elements]), torch.stack([e.factor.float() for e in elements]))
+        return cls(torch.stack([e.index for e in elements]), torch.stack([e.factor for e in elements]))
 
 
 class Augmentation:

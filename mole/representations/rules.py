@@ -195,7 +195,7 @@ VIEWS = {
 }
 POINTWISE = {
     "copy", "_to_copy", "clone", "detach", "alias", "lift_fresh", "_prelu_kernel", "masked_fill", "hardswish",
-    "hardsigmoid", "hardtanh", "floor_divide", "bucketize", "log_sigmoid_forward", "isin",
+    "hardsigmoid", "hardtanh", "floor_divide", "log_sigmoid_forward",
 }  # fmt: skip
 """Element by element too, though PyTorch does not tag them so."""
 
@@ -212,7 +212,9 @@ def pointwise(call: Call) -> Value:
     for value, tensor in operands:
         shift = output.ndim - tensor.ndim
         for dim, size in enumerate(tensor.shape):
-            if size != output.shape[dim + shift]:
+            if dim + shift < 0 or size != output.shape[dim + shift]:
+                if size != 1:  # it does not broadcast: nobody knows what it does
+                    freeze(value.axes[dim])
                 continue
             axis = axes[dim + shift]
             if axis is None:

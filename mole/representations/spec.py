@@ -92,6 +92,8 @@ class WeightSpec:
     """Interchangeable neurons, by name."""
     flow: Flow = field(default_factory=Flow)
     """The operation graph, as far as weights see it."""
+    unknown: tuple[str, ...] = ()
+    """Operations that have no rule, and froze what they touched."""
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
@@ -142,7 +144,9 @@ class WeightSpec:
     def with_symmetry(self, symmetry: Symmetry) -> "WeightSpec":
         """The same tensors, with these groups."""
         entries = tuple(replace(e, axes=symmetry.axes.get(e.name, e.axes)) for e in self.entries)
-        return replace(self, entries=entries, groups=dict(symmetry.groups), flow=symmetry.flow)
+        return replace(
+            self, entries=entries, groups=dict(symmetry.groups), flow=symmetry.flow, unknown=symmetry.unknown
+        )
 
     def with_axes(self, axes_to_group: Mapping[str, Sequence[str | None]]) -> "WeightSpec":
         """The same tensors, with groups that a person declares: tensor name to a group, or None, per axis.
@@ -199,6 +203,9 @@ class WeightSpec:
         """
         state = module.state_dict(keep_vars=True) if isinstance(module, nn.Module) else module
         self.check(state)
+        empty = [e.name for e in (*self.entries, *self.table) if state[e.name].is_meta]
+        if empty:
+            raise MoleError(f"{', '.join(empty)} has no data (it is on the meta device)")
         with torch.no_grad():
             parts = [widen(state[e.name].detach(), self.dtype).flatten().cpu() for e in self.entries]
             whole = [state[e.name].detach().to(torch.int64).flatten().cpu() for e in self.table]
@@ -219,12 +226,23 @@ class WeightSpec:
         if state.flat.shape != (self.size,) or state.table.shape != (self.table_size,):
             shapes = tuple(state.flat.shape), tuple(state.table.shape)
             raise MoleError(f"a state of shapes {shapes}; this network has ({self.size},) and ({self.table_size},)")
+        parts: dict[str, Tensor] = {}
         for entry in self.entries:
             part = state.flat[entry.offset : entry.stop].reshape(entry.shape)
-            wanted[entry.name].data.copy_(narrow(part, entry.dtype))
+            parts |= dict.fromkeys((entry.name, *entry.aliases), narrow(part, entry.dtype))
         for entry in self.table:
             part = state.table[entry.offset : entry.stop].reshape(entry.shape)
-            wanted[entry.name].data.copy_(part.to(entry.dtype))
+            parts |= dict.fromkeys((entry.name, *entry.aliases), part.to(entry.dtype))
+        live = [*module.parameters(), *module.buffers()]
+        mine = {id(tensor) for tensor in live}
+        if any(id(wanted[name]) not in mine for name in parts):  # it hands out copies: its own way in, then
+            module.load_state_dict({**wanted, **parts})
+            return module
+        for entry in (*self.entries, *self.table):
+            try:
+                wanted[entry.name].data.copy_(parts[entry.name])
+            except RuntimeError as error:
+                raise MoleError(f"{entry.name} cannot be written ({' '.join(str(error).split())[:120]})") from None
         return module
 
     # Populations as tensors
@@ -341,6 +359,7 @@ class WeightSpec:
                 "acts_on": {name: list(made) for name, made in self.flow.acts_on.items()},
                 "residual": [list(pair) for pair in self.flow.residual],
             },
+            "unknown": list(self.unknown),
             "groups": [
                 {
                     "name": g.name, "size": g.size, "parent": g.parent,
@@ -370,13 +389,15 @@ class WeightSpec:
             {name: tuple(made) for name, made in value["flow"]["acts_on"].items()},
             [(one, other) for one, other in value["flow"]["residual"]],
         )
-        return cls(tuple(entries), tuple(table), groups, flow)
+        return cls(tuple(entries), tuple(table), groups, flow, tuple(value["unknown"]))
 
 
 def _identity(name: str, tensor: Tensor) -> tuple[Any, ...]:
     """The same for two names of one tensor."""
     if tensor.numel() == 0 or is_lazy(tensor):
         return (name,)
+    if tensor.is_meta:
+        return (id(tensor),)
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, str(tensor.device)
 
 

@@ -197,8 +197,13 @@ def _sources(graph: _Graph, entry: Entry, inputs: int, *, ordered: bool) -> list
     makers = [graph.outputs(name) for name in graph.spec.flow.reads.get(entry.name, ())]
     makers = [name for name in dict.fromkeys(makers) if name in graph.sizes]
     sizes = [graph.sizes[name] for name in makers]
-    if len(makers) > 1 and sum(sizes) == inputs:
+    joined = len(entry.axes[1]) > 1 or _is_ordered(entry, 1)
+    if len(makers) > 1 and sum(sizes) == inputs and joined:
         return [(name, sum(sizes[:i]), sum(sizes[: i + 1])) for i, name in enumerate(makers)]
+    reads = graph.spec.flow.reads.get(entry.name, ())
+    alike = [graph.outputs(name) for name in reads if _same_groups(graph, name, entry)]
+    if len(makers) > 1 and alike and graph.sizes.get(alike[-1]) == inputs:
+        return [(alike[-1], 0, inputs)]
     if len(makers) == 1 and (inputs == sizes[0] or _outermost(entry, sizes[0])):
         return [(makers[0], 0, inputs)]
     layer = graph.outputs(entry.name).removeprefix("neurons ")
@@ -206,6 +211,12 @@ def _sources(graph: _Graph, entry: Entry, inputs: int, *, ordered: bool) -> list
     if graph.sizes[name] != inputs:
         name = graph.node(f"inputs {entry.name}", inputs, ordered=ordered)
     return [(name, 0, inputs)]
+
+
+def _same_groups(graph: _Graph, maker: str, entry: Entry) -> bool:
+    """Whether the outputs of another weight run over the groups of this one's inputs."""
+    made = next(e for e in graph.spec.entries if e.name == maker)
+    return not _is_ordered(entry, 1) and made.axes[0] == entry.axes[1]
 
 
 def _outermost(entry: Entry, size: int) -> bool:

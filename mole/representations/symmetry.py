@@ -9,7 +9,7 @@ random weights, in float64, a random element must leave the outputs as they are.
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -53,11 +53,14 @@ class Symmetry:
         return cls({}, {name: tuple((((None, size),),) for size in t.shape) for name, t in state.items()})
 
 
-def floating(module: nn.Module) -> dict[str, Tensor]:
-    """The floating-point tensors of a network's state, each under the first of its names."""
+def floating(module: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The floating-point tensors of a network's state, each under the first of its names, or under these names."""
+    state = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    if names is not None:
+        return {name: state[name] for name in names}
     found: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
             found.setdefault(id(tensor), (name, tensor))
     return dict(found.values())
 
@@ -73,21 +76,57 @@ def derive(module: nn.Module, inputs: Any = None) -> Symmetry:
     Warns:
         SymmetryWarning: no input fitted, so nothing is derived; or a group did not prove itself and was dropped.
     """
-    network = _prepared(module)
-    state = floating(network)
-    found = _traced(network, state, [as_inputs(inputs)] if inputs is not None else example_inputs(network))
+    names = list(floating(module))  # conversion to another type can untie tensors, so names are fixed before
+    try:
+        network = _prepared(module)
+    except Exception as error:  # activations kept as attributes, tensors without data, ...
+        _warn(f"{type(module).__name__} cannot be copied ({_told(error)}), so no symmetry is known of it")
+        return Symmetry.none(floating(module))
+    state = floating(network, names)
+    candidates = [converted(as_inputs(inputs), torch.float32)] if inputs is not None else example_inputs(network)
+    found = _traced(network, state, candidates)
     if found is None:
         return Symmetry.none(state)
     trace, axes, values, used = found
     return _proved(network, _named(trace, axes, values), used)
 
 
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, SymmetryWarning, stacklevel=5)
+
+
+def converted(value: Any, dtype: torch.dtype) -> Any:
+    """Inputs with their floating-point tensors in another type, on the CPU; also those inside of data objects."""
+
+    def change(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return item.detach().cpu().to(dtype) if item.is_floating_point() else item.cpu()
+        if hasattr(item, "apply") and hasattr(item, "to") and not isinstance(item, nn.Module):
+            return copy.copy(item).apply(change)
+        return item
+
+    return tree_map(change, value)
+
+
 def _prepared(module: nn.Module) -> nn.Module:
     """A copy that can be run: in evaluation mode, on the CPU, without caches among its outputs."""
-    network = copy.deepcopy(module).cpu().float().eval()
+    network = _in(copy.deepcopy(module).cpu(), torch.float32).eval()
     config = getattr(network, "config", None)
     if getattr(config, "use_cache", None):
         config.use_cache = False  # type: ignore[union-attr]
+    return network
+
+
+def _in(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network in another type, tensors that are plain attributes included."""
+    for part in network.to(dtype).modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(part, name, value.detach().cpu().to(dtype))
     return network
 
 
@@ -102,18 +141,33 @@ def _traced(
         try:
             values, used = record(network, state, inputs, trace, axes)
         except Exception as error:  # whatever the network raises: the next input may fit
-            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            problem = _told(error)
             continue
-        for name in (*(axes.keys() - used), *_overlapping(state)):
+        for name in _overlapping(state):
             for axis in axes[name]:
                 freeze(axis)
+        _freeze_unread(network, axes, state.keys() - used)
         return trace, axes, values, inputs
-    warnings.warn(
-        f"{type(network).__name__} could not be run ({problem}), so no symmetry is known of it; give example_inputs",
-        SymmetryWarning,
-        stacklevel=4,
-    )
+    _warn(f"{type(network).__name__} could not be run ({problem}), so no symmetry is known of it; give example_inputs")
     return None
+
+
+def _freeze_unread(network: nn.Module, axes: Mapping[str, list[Axis]], missed: Set[str]) -> None:
+    """What no operation computed with may meet any axis of its size on other inputs: those are frozen too."""
+    sizes = {axis.size for name in missed for axis in axes[name] if axis.size > 1}
+    for name, row in axes.items():
+        for axis in row:
+            if name in missed or axis.size in sizes:
+                freeze(axis)
+            for leaf in axis.leaves():
+                if not leaf.read:
+                    freeze(leaf)
+    if missed:
+        _warn(
+            f"{type(network).__name__}: the run did not reach {', '.join(sorted(missed)[:5])}"
+            f"{f' and {len(missed) - 5} more' if len(missed) > 5 else ''}; whatever has an axis of the same size is "
+            "taken for ordered. Give example_inputs that reach them for more symmetry"
+        )
 
 
 def _overlapping(state: Mapping[str, Tensor]) -> set[str]:
@@ -177,9 +231,14 @@ def _parents(trace: Trace, leaves: Mapping[int, Axis]) -> dict[int, int]:
     """Groups that never come without another one may have an order of their own within each of its members."""
     together: dict[int, set[int]] = {}
     for value in trace.values:
-        here = {id(leaf) for axis in value.axes for leaf in axis.leaves()} & leaves.keys()
-        for key in here:
-            together[key] = together[key] & here if key in together else set(here)
+        blocks = [[{id(leaf) for leaf in term} & leaves.keys() for term in axis.terms()] for axis in value.axes]
+        always = [set.intersection(*terms) if terms else set() for terms in blocks]  # in every block of an axis
+        for dim, terms in enumerate(blocks):
+            beside = set().union(*(found for other, found in enumerate(always) if other != dim))
+            for term in terms:
+                for key in term:
+                    here = term | beside
+                    together[key] = together[key] & here if key in together else set(here)
     found: dict[int, int] = {}
     for key in leaves:
         others = [other for other in together.get(key, set()) if other != key and found.get(other) != key]
@@ -197,13 +256,11 @@ def _proved(network: nn.Module, symmetry: Symmetry, inputs: Inputs) -> Symmetry:
     if not symmetry.groups:
         return symmetry
     try:
-        proof = Proof(network, inputs)
+        proof = Proof(network, inputs, names=symmetry.axes)
     except Exception as error:  # an operation without float64, say: what cannot be proved is not used
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        warnings.warn(
-            f"{type(network).__name__} cannot be run in float64 ({problem}), so its groups are not proved, and dropped",
-            SymmetryWarning,
-            stacklevel=5,
+        _warn(
+            f"{type(network).__name__} cannot be run in float64 ({_told(error)}), so its groups are not proved, and "
+            "dropped"
         )
         return without(symmetry, list(symmetry.groups))
     names = list(symmetry.groups)
@@ -213,11 +270,7 @@ def _proved(network: nn.Module, symmetry: Symmetry, inputs: Inputs) -> Symmetry:
     groups = {n: replace(g, scalings=(), signs=()) if n in unscaled else g for n, g in symmetry.groups.items()}
     if failed or unscaled:
         what = [f"{', '.join(failed)} (order)"] * bool(failed) + [f"{', '.join(unscaled)} (scale)"] * bool(unscaled)
-        warnings.warn(
-            f"{type(network).__name__}: groups that did not prove themselves are dropped: {'; '.join(what)}",
-            SymmetryWarning,
-            stacklevel=5,
-        )
+        _warn(f"{type(network).__name__}: groups that did not prove themselves are dropped: {'; '.join(what)}")
     return replace(symmetry, groups=groups)
 
 
@@ -252,14 +305,24 @@ def without(symmetry: Symmetry, dropped: Sequence[str]) -> Symmetry:
 class Proof:
     """A network with random weights in float64, and its outputs."""
 
-    def __init__(self, network: nn.Module, inputs: Inputs, *, seed: int = 0, train: bool = False) -> None:
-        self.network = copy.deepcopy(network).double().train(train)
-        self.inputs = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+    def __init__(
+        self,
+        network: nn.Module,
+        inputs: Inputs,
+        *,
+        names: Iterable[str] | None = None,
+        seed: int = 0,
+        train: bool = False,
+    ) -> None:
+        self.network = _in(copy.deepcopy(network), torch.float64).train(train)
+        self.inputs = converted(inputs, torch.float64)
         self.generator = torch.Generator().manual_seed(seed)
-        self.state = floating(self.network)
+        self.state = floating(self.network, names)
         self._jitter()
         self.weights = {name: tensor.detach().clone() for name, tensor in self.state.items()}
         self.before = self.outputs()
+        if not self.before:
+            raise ValueError("no number among what it returns")
 
     @torch.no_grad()
     def _jitter(self) -> None:
@@ -272,10 +335,11 @@ class Proof:
                 tensor.abs_().add_(0.1)
 
     def outputs(self) -> list[Tensor]:
-        """Every floating-point output."""
+        """Every output."""
         with torch.no_grad(), plainly(), Widened(), _same_randomness():
             found = tensors_of(self.network(*self.inputs[0], **self.inputs[1]))
-        return [tensor.double().clone() for tensor in found if tensor.is_floating_point()]
+        plain = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in found]
+        return [tensor.double().clone() for tensor in plain]
 
     @torch.no_grad()
     def error(self, symmetry: Symmetry, names: Iterable[str], *, scaled: bool) -> float:
@@ -294,7 +358,10 @@ class Proof:
 
     def holds(self, symmetry: Symmetry, names: Iterable[str], *, scaled: bool) -> bool:
         """Whether random elements of these groups leave the outputs as they are."""
-        return all(self.error(symmetry, names, scaled=scaled) <= TOLERANCE for _ in range(ELEMENTS))
+        try:
+            return all(self.error(symmetry, names, scaled=scaled) <= TOLERANCE for _ in range(ELEMENTS))
+        except (RuntimeError, IndexError, ValueError):  # what the network cannot compute is no proof
+            return False
 
 
 def _difference(one: Tensor, other: Tensor) -> float:

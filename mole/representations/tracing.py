@@ -6,7 +6,7 @@ touches.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mole.representations.axes import Axis, freeze, unify
+from mole.representations.axes import Axis, freeze, touch, unify
 from mole.representations.rules import (
     CONSTANT,
     CONTRACTIONS,
@@ -64,6 +64,11 @@ class Recorder(TorchDispatchMode):
             return output
         names = [argument.name for argument in func._schema.arguments]
         arguments = dict(zip(names, args, strict=False)) | (kwargs or {})
+        if name not in VIEWS:
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, Tensor):
+                    for axis in self.value(tensor).axes:
+                        touch(axis)
         call = Call(self.trace, name, arguments, self.value, output)
         self._record(call, func, output)
         return output
@@ -167,7 +172,10 @@ def record(
     recorder = Recorder(trace, {id(tensor): values[name] for name, tensor in state.items()}, list(state.values()))
     with plainly(), torch.no_grad(), recorder:
         output = module(*inputs[0], **inputs[1])
-    for tensor in tensors_of(output):
+    outputs = tensors_of(output)
+    if not outputs:
+        raise ValueError("no tensor among what it returns")
+    for tensor in outputs:
         value = recorder.value(tensor)
         trace.unscaled(value)
         for axis in value.axes:
@@ -202,9 +210,11 @@ def tensors_of(output: Any) -> list[Tensor]:
             continue
         elif isinstance(item, Mapping):
             waiting += item.values()
-        elif isinstance(item, Sequence):
-            waiting += item
-        elif hasattr(item, "__dict__"):
-            waiting += vars(item).values()
+        elif isinstance(item, Sequence | Set):
+            waiting += list(item)
+        else:
+            waiting += list(getattr(item, "__dict__", {}).values())
+            slots = [slot for kind in type(item).__mro__ for slot in getattr(kind, "__slots__", ())]
+            waiting += [getattr(item, slot) for slot in slots if hasattr(item, slot) and not slot.startswith("__")]
         seen.add(id(item))
     return found

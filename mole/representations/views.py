@@ -182,6 +182,49 @@ def make_view(name: ViewName, spec: WeightSpec) -> View:
     return VIEWS[name](spec)
 
 
+def unequal(view: View, *, seed: int = 0) -> list[str]:
+    """Kinds of nodes and edges that a random group element does not map onto themselves.
+
+    A denoiser without positions over a view without such kinds is equivariant; over others it is not, because numbers
+    of a token change places within it, or edges lose their ends.
+    """
+    element = view.spec.random_element(seed)
+    orders: list[dict[int, int]] = [{} for _ in view.nodes]
+    broken: list[str] = []
+    for number, kind in enumerate(view.nodes):
+        if kind.places.shape[1]:
+            found = _rows(kind.places, element)
+            if found is None or (kind.ordered and found != list(range(len(found)))):
+                broken.append(kind.name)
+            else:
+                orders[number] = dict(enumerate(found))
+    for kind in view.edges:
+        found = _rows(kind.places, element) if kind.places.shape[1] else None
+        if found is None:
+            broken += [kind.name] if kind.places.shape[1] else []
+            continue
+        ends = kind.ends.T.tolist()
+        for edge, came in enumerate(found):
+            for at, node, before in zip((kind.source, kind.target), ends[edge], ends[came], strict=True):
+                if orders[at].setdefault(node, before) != before or (view.nodes[at].ordered and node != before):
+                    broken.append(kind.name)
+    for kind in view.edges:  # edges that carry nothing follow the nodes that they join
+        if not kind.places.shape[1]:
+            ends = {tuple(pair) for pair in kind.ends.T.tolist()}
+            source, target = orders[kind.source], orders[kind.target]
+            if {(source.get(s, s), target.get(t, t)) for s, t in ends} != ends and "heads" not in kind.name:
+                broken.append(kind.name)
+    return list(dict.fromkeys(broken))
+
+
+def _rows(places: Tensor, element: Element) -> list[int] | None:
+    """Which row each row came from; None if one came from none."""
+    known = {tuple(row): at for at, row in enumerate(places.tolist())}
+    moved = torch.where(places >= 0, element.index[places.clamp_min(0)], -1)
+    found = [known.get(tuple(row)) for row in moved.tolist()]
+    return None if None in found else [at for at in found if at is not None]
+
+
 def node_orders(view: View, element: Element) -> list[Tensor]:
     """How a group element relabels the nodes of a view: per kind (T,), new node t was node `order[t]`.
 

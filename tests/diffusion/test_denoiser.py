@@ -2,13 +2,15 @@ import pytest
 import torch
 
 from mole.config import GeneratorConfig
+from mole.diffusion.codec import Codec
 from mole.diffusion.conditions import Conditions, fourier
 from mole.diffusion.denoiser import Denoiser
 from mole.diffusion.process import noise_level, noise_schedule, reverse
+from mole.errors import MoleError
 from mole.representations import View, ViewName, WeightSpec, make_view, neuron_view
 from mole.tasks import Classification
 
-from ..representations.architectures import TORCH
+from ..representations.architectures import LIBRARIES, TORCH
 
 CONFIG = GeneratorConfig(width=16, layers=2, heads=2)
 
@@ -119,3 +121,12 @@ def test_more_calls_end_at_the_prediction_too(evaluations: int) -> None:
     drawn = reverse(denoise, noise, start, conditions(3), evaluations)
     assert drawn.evaluations == evaluations and levels == sorted(levels, reverse=True) and levels[0] == 1
     torch.testing.assert_close(drawn.flat, start, rtol=1e-5, atol=1e-5)
+
+
+def test_a_view_that_is_not_equivariant_is_refused_where_that_is_asked_for() -> None:
+    spec = WeightSpec.of(*LIBRARIES["torch_geometric"]["gat"]())
+    codec = Codec(spec, CONFIG, [1.0] * len(spec.entries))
+    with pytest.raises(
+        MoleError, match=r"view neurons of this network is not \(first\.att_src, first\.att_dst\); legal"
+    ):
+        codec.view()

@@ -138,7 +138,7 @@ TORCH: dict[str, Callable[[], Built]] = {
     "lstm": lambda: (Recurrent(nn.LSTM), torch.randn(2, 4, 5)),
     "gru": lambda: (Recurrent(nn.GRU), torch.randn(2, 4, 5)),
     "attention": lambda: (Attention(), torch.randn(2, 5, 12)),
-    "mixture": lambda: (Mixture(), torch.randn(4, 6)),
+    "mixture": lambda: (Mixture(), torch.randn(40, 6)),
 }  # fmt: skip
 
 SMALL: dict[str, Any] = {
@@ -213,7 +213,7 @@ GEOMETRIC: dict[str, Callable[[], Built]] = {
     "transformer": graph_network("TransformerConv", heads=2),
     "tag": graph_network("TAGConv"),
     "cheb": graph_network("ChebConv", K=3),
-    "arma": graph_network("ARMAConv"),
+    "arma": graph_network("ARMAConv", num_layers=2),
 }
 
 

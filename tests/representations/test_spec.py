@@ -1,4 +1,5 @@
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -163,3 +164,28 @@ def test_permuting_a_group_keeps_the_function_and_moves_the_weights(seed: int) -
     torch.testing.assert_close(network(inputs), before, rtol=0, atol=1e-12)
     back = spec.permute(moved, {group: order.argsort() for group, order in orders.items()})
     assert torch.equal(back, flat)
+
+
+def test_a_network_that_hands_out_copies_is_written_by_its_own_way_in() -> None:
+    class Copies(nn.Linear):
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return {name: tensor.clone() for name, tensor in super().state_dict(*args, **kwargs).items()}
+
+    one, other = Copies(4, 4), Copies(4, 4)
+    spec = WeightSpec.of_state(one.state_dict())
+    spec.decode(spec.encode(one), other)
+    assert torch.equal(one.weight, other.weight)
+    frozen = nn.Linear(2, 2)
+    frozen.register_buffer("same", torch.ones(1).expand(4))
+    spec = WeightSpec.of_state(frozen.state_dict())
+    with pytest.raises(MoleError, match="same cannot be written"):
+        spec.decode(spec.encode(frozen), frozen)
+
+
+def test_networks_without_data_have_a_layout_and_no_state() -> None:
+    with torch.device("meta"):
+        network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    spec = WeightSpec.of_state(network.state_dict(keep_vars=True))
+    assert spec.size == 144
+    with pytest.raises(MoleError, match=r"0\.weight, .* has no data"):
+        spec.encode(network)

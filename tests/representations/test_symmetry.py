@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -142,14 +143,15 @@ def test_an_order_that_matters_is_no_group() -> None:
     assert groups(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))) == {"0": 4}
 
 
-def test_experts_that_no_input_reached_have_no_group() -> None:
+def test_what_the_run_did_not_reach_freezes_what_it_might_meet() -> None:
     torch.manual_seed(1)
     network = Mixture()
     with torch.no_grad():
         network.router.weight.zero_()
         network.router.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
-    found = WeightSpec.of(network, torch.randn(4, 6))
-    assert set(found.groups) == {"experts.1.0"}
+    with pytest.warns(SymmetryWarning, match=r"the run did not reach experts\.0\.0\.bias, .* and 3 more; whatever has"):
+        found = WeightSpec.of(network, torch.randn(4, 6))
+    assert found.groups == {}  # the experts that were reached have widths like those that were not
 
 
 def test_an_operation_without_a_rule_freezes_what_it_touches() -> None:
@@ -207,3 +209,100 @@ def test_groups_that_a_person_declares() -> None:
         derived.element({"x": order})
     with pytest.raises(MoleError, match=r"group '0': not a permutation of 0 to 2"):
         derived.element({"0": torch.tensor([0, 0, 1])})
+
+
+class Lengths(nn.Module):
+    """Positions, a mask and a bias that are cut to the length of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.positions, self.bias = nn.Parameter(torch.randn(1, 16, 8)), nn.Parameter(torch.randn(20, 20))
+        self.register_buffer("mask", torch.ones(1, 1, 16, 16).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        hidden = self.inside(x) + self.positions[:, :length]
+        scores = (hidden @ hidden.mT + self.bias[:length, :length]).masked_fill(
+            self.mask[0, 0, :length, :length] == 0,
+            -1e9,  # type: ignore[index]
+        )
+        return self.head(scores.softmax(-1) @ hidden)
+
+
+def test_parts_that_no_operation_read_are_no_group() -> None:
+    found = WeightSpec.of(Lengths(), torch.randn(2, 5, 4))
+    assert {group.size for group in found.groups.values()} == {8}
+    network, inputs = Lengths().double(), torch.randn(2, 13, 4, dtype=torch.float64)
+    spec = WeightSpec.of_state(network.state_dict())
+    before, state = network(inputs), spec.encode(network)
+    spec.decode(state._replace(flat=found.random_element(1).act(state.flat)), network)
+    torch.testing.assert_close(network(inputs), before, rtol=0, atol=1e-12)  # another length than the example's
+
+
+def test_outputs_that_nobody_can_follow_leave_no_symmetry() -> None:
+    class Array(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x).detach().numpy()
+
+    @dataclass(slots=True)
+    class Slotted:
+        logits: Tensor
+
+    class Slots(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            return Slotted(super().forward(x))
+
+    def layers() -> list[nn.Module]:
+        return [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)]
+
+    with pytest.warns(SymmetryWarning, match="no tensor among what it returns"):
+        assert groups(Array(*layers()), torch.randn(3, 6)) == {}
+    assert groups(Slots(*layers()), torch.randn(3, 6)) == {"0": 8}
+
+
+def test_boundaries_of_buckets_are_ordered() -> None:
+    class Buckets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.bounds = nn.Linear(8, 5), nn.Parameter(torch.linspace(-1, 1, 7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.bucketize(self.layer(x), self.bounds)
+
+    assert groups(Buckets(), torch.randn(3, 8)) == {}
+    assert WeightSpec.of(Buckets(), torch.randn(3, 8)).unknown == ("bucketize",)
+
+
+def test_networks_in_other_types_with_kept_activations_or_shared_buffers() -> None:
+    wide = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert groups(wide.double(), torch.randn(3, 4).double()) == {"0": 8}
+    assert groups(wide.bfloat16(), torch.randn(3, 4).bfloat16()) == {"0": 8}
+
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.turn = nn.Linear(4, 8), nn.Linear(8, 2), torch.randn(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = self.first(x @ self.turn).relu()
+            return self.second(self.last)
+
+    network = Kept()
+    assert groups(network, torch.randn(3, 4)) == {"first": 8}
+    network(torch.randn(3, 4))
+    with pytest.warns(SymmetryWarning, match="Kept cannot be copied"):
+        assert groups(network, torch.randn(3, 4)) == {}
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 8)
+            buffer = torch.randn(8)
+            self.first.register_buffer("place", buffer)
+            self.second.register_buffer("place", buffer)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second((self.first(x) + self.first.place).relu()) + self.second.place
+
+    assert groups(Shared(), torch.randn(3, 4)) == {}  # the place meets the outputs, which are ordered

@@ -5,9 +5,9 @@ from torch import nn
 from mole.errors import MoleError
 from mole.representations import EntryScale, View, ViewName, WeightSpec, chunk_view, graph_view, make_view, neuron_view
 from mole.representations.hetero import from_hetero, to_hetero
-from mole.representations.views import Nodes, node_orders
+from mole.representations.views import Nodes, node_orders, unequal
 
-from .architectures import TORCH
+from .architectures import LIBRARIES, TORCH
 from .conformance import conforms
 from .test_spec import mlp
 
@@ -170,3 +170,22 @@ def test_constant_tensors_keep_their_scale_and_bad_scales_are_refused() -> None:
 def test_padding_is_told() -> None:
     assert neuron_view(WeightSpec.of(mlp(784, 10, 10))).padding() == 0
     assert chunk_view(WeightSpec.of(nn.Linear(3, 3)), size=8).padding() == pytest.approx(1 - 12 / 24)
+
+
+BROKEN = {
+    ("transformers", "gpt2", "graph"), ("transformers", "vit", "graph"), ("torch_geometric", "gat", "neurons"),
+    ("torch_geometric", "gat", "graph"), ("torch_geometric", "gatv2", "neurons"), ("torch_geometric", "gatv2", "graph"),
+    ("torch_geometric", "transformer", "graph"),
+    ("torch_geometric", "arma", "graph"),
+}  # fmt: skip
+"""Views that are not equivariant, as docs/representations.md says: transposed weights, tensors of many axes."""
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [(library, n) for library in ("torch", "transformers", "torch_geometric") for n in LIBRARIES[library]],
+)
+def test_which_views_are_equivariant_is_known(library: str, name: str) -> None:
+    spec = WeightSpec.of(*LIBRARIES[library][name]())
+    for view in ("neurons", "graph"):
+        assert bool(unequal(make_view(view, spec))) == ((library, name, view) in BROKEN), view
