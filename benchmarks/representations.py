@@ -136,6 +136,26 @@ def run_all(out: Path, seeds: list[int], steps: int, workers: int) -> list[dict[
     return [row for row in rows if row["seed"] in seeds and row["steps"] == steps]
 
 
+def null_results(out: Path, seeds: list[int]) -> dict[str, tuple[float, float]]:
+    """Diversity and test accuracy of null models and of trained networks, means over seeds."""
+    from mole.checkpoints import Zoo
+    from mole.evaluation.nulls import null_models
+    from mole.tasks import load_task
+
+    task, found = load_task(load([ROOT / "configs" / "digits.yaml"], []).task), dict[str, list[tuple[float, float]]]()
+    for seed in seeds:
+        training, heldout = Zoo(out / f"seed-{seed}" / "zoo").finished().split_by_run(64)
+        starts, final, last = heldout.read(heldout.first), training.read(training.last), heldout.read(heldout.last)
+        retrieved = training.read(training.loss.argsort()[: len(starts)])
+        distance = PermutationDistance(training.spec)
+        models = null_models(distance, starts, final, retrieved, noise_distance=10.0, seed=seed)
+        chosen = {"trained networks": last, "mean of 16 aligned": models["mean_of_16_aligned"], "retrieval": retrieved}
+        for name, flat in chosen.items():
+            accuracy = float(task.measure(flat, "test")["accuracy"].mean())
+            found.setdefault(name, []).append((diversity(flat, last, training.spec), accuracy))
+    return {name: (mean(d for d, _ in pairs), mean(a for _, a in pairs)) for name, pairs in found.items()}
+
+
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per case: means over seeds, and the spread of the accuracies."""
     found = []
@@ -163,7 +183,7 @@ def table(cases: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(cases: list[dict[str, Any]], path: Path, trained: float = 0.960) -> None:
+def draw(cases: list[dict[str, Any]], nulls: dict[str, tuple[float, float]], path: Path) -> None:
     """Accuracy against diversity: a generator that gives one network to everybody stands far to the left."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -178,15 +198,16 @@ def draw(cases: list[dict[str, Any]], path: Path, trained: float = 0.960) -> Non
             case["diversity"], case["test_accuracy"], yerr=case["spread"], color=colours[case["symmetry"]],
             marker=markers[case["view"]], markersize=8, markeredgecolor="black", markeredgewidth=0.5, capsize=2,
         )  # fmt: skip
-    axes.plot(1, trained, marker="x", markersize=9, color="black", linestyle="")
-    axes.annotate("trained networks", (1, trained), ha="right", va="bottom", fontsize=8, xytext=(-6, 4),
-                  textcoords="offset points")  # fmt: skip
+    for name, (wide, accuracy) in nulls.items():
+        axes.plot(wide, accuracy, marker="x", markersize=8, color="black", linestyle="")
+        axes.annotate(name, (wide, accuracy), ha="right", va="center", fontsize=8, xytext=(-7, 0),
+                      textcoords="offset points")  # fmt: skip
     keys = [axes.plot([], [], marker=m, linestyle="", color="0.7", markeredgecolor="black", label=v)[0]
             for v, m in markers.items()]  # fmt: skip
     keys += [axes.plot([], [], marker="o", linestyle="", color=c, label=s)[0] for s, c in colours.items()]
     axes.legend(handles=keys, frameon=False, ncols=2, loc="lower left", fontsize=8, title="view, symmetry")
     axes.set(xlabel="diversity of generated networks (1: as trained ones)", ylabel="test accuracy of one pass")
-    axes.set_xlim(0, 1.05)
+    axes.set_xlim(0, max(1.05, *(1.05 * wide for wide, _ in nulls.values())))
     seeds = max(case["seeds"] for case in cases)
     axes.set_title(f"Representations at the same steps and batches, mean and deviation of {seeds} seeds", fontsize=10)
     figure.savefig(path, dpi=150)
@@ -209,9 +230,10 @@ def main() -> None:
         return
     cases = summary(run_all(out, options.seeds, options.steps, options.workers))
     (out / "table.md").write_text(table(cases) + "\n")
-    draw(cases, out / "representations.png")
+    nulls = null_results(out, options.seeds)
+    draw(cases, nulls, out / "representations.png")
     print(table(cases))
-    print(json.dumps({"steps": options.steps, "cases": cases}))
+    print(json.dumps({"steps": options.steps, "cases": cases, "nulls": nulls}))
 
 
 if __name__ == "__main__":

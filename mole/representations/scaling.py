@@ -11,7 +11,7 @@ from math import lcm
 from typing import Literal
 
 from mole.representations.axes import Axis
-from mole.representations.rules import Trace, Value
+from mole.representations.trace import Trace, Value
 
 Variable = tuple[int, int]
 """Number of a value, and one of its axes."""

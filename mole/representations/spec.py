@@ -18,8 +18,8 @@ from mole.errors import MoleError
 from mole.files import value_digest
 from mole.representations.dtypes import FLOATS, INTEGERS, NAMES, narrow, widen
 from mole.representations.groups import AxisGroup, AxisTerms, Element, check_tables, positions, random_tables
-from mole.representations.rules import Flow
 from mole.representations.symmetry import Symmetry, derive
+from mole.representations.trace import Flow
 
 
 def weights_digest(flat: Tensor) -> str:

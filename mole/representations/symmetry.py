@@ -23,8 +23,8 @@ from mole.errors import SymmetryWarning
 from mole.representations.axes import Axis, freeze
 from mole.representations.groups import AxisGroup, AxisTerms, Factor, positions, random_tables
 from mole.representations.inputs import Inputs, as_inputs, example_inputs
-from mole.representations.rules import Flow, Trace, Value
 from mole.representations.scaling import solve
+from mole.representations.trace import Flow, Trace, Value
 from mole.representations.tracing import plainly, record, tensors_of
 
 TOLERANCE = 1e-10

@@ -25,13 +25,9 @@ from mole.representations.rules import (
     RULES,
     VIEWS,
     WHOLE,
-    Call,
-    Trace,
-    Value,
-    free,
-    frozen,
     pointwise,
 )
+from mole.representations.trace import Call, Trace, Value, free, frozen
 
 
 class Recorder(TorchDispatchMode):

@@ -306,3 +306,20 @@ def test_networks_in_other_types_with_kept_activations_or_shared_buffers() -> No
             return self.second((self.first(x) + self.first.place).relu()) + self.second.place
 
     assert groups(Shared(), torch.randn(3, 4)) == {}  # the place meets the outputs, which are ordered
+
+
+def test_data_objects_of_torch_geometric() -> None:
+    from torch_geometric.data import Data
+    from torch_geometric.nn import GCNConv
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = GCNConv(6, 8), GCNConv(8, 3)
+
+        def forward(self, data: Any) -> Tensor:
+            return self.second(self.first(data.x, data.edge_index).relu(), data.edge_index)
+
+    data = Data(x=torch.randn(12, 6), edge_index=torch.randint(0, 12, (2, 30)))
+    assert list(groups(Network(), data).values()) == [8]
+    assert data.x is not None and data.x.dtype == torch.float32
