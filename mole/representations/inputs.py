@@ -57,6 +57,11 @@ def _of_transformers(module: nn.Module) -> Iterator[Inputs]:
         size = getattr(config, "image_size", 224)
         side = size[0] if isinstance(size, tuple | list) else size
         yield (), {"pixel_values": _normal(2, getattr(config, "num_channels", 3), side, side)}
+    if getattr(module, "main_input_name", "") == "input_features":  # spectra, of a fixed length
+        length = 2 * int(getattr(config, "max_source_positions", 512))
+        spectra = {"input_features": _normal(1, int(getattr(config, "num_mel_bins", 80)), length)}
+        yield (), {**spectra, "decoder_input_ids": words[:1, :4]}
+        yield (), spectra
     if getattr(config, "is_encoder_decoder", False):
         yield (), {"input_ids": words, "decoder_input_ids": words[:, :4]}
     yield (), {"input_ids": words}

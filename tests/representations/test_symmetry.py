@@ -14,7 +14,7 @@ from mole.representations import AxisGroup, WeightSpec
 from mole.representations.inputs import as_inputs
 from mole.representations.symmetry import Proof, Symmetry, floating
 
-from .architectures import TORCH, Attention, Mixture, Recurrent, Residual, images
+from .architectures import LIBRARIES, TORCH, Attention, Mixture, Recurrent, Residual, images
 from .test_spec import mlp
 
 
@@ -323,3 +323,12 @@ def test_data_objects_of_torch_geometric() -> None:
     data = Data(x=torch.randn(12, 6), edge_index=torch.randint(0, 12, (2, 30)))
     assert list(groups(Network(), data).values()) == [8]
     assert data.x is not None and data.x.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit", "llama"])
+def test_inputs_of_known_libraries_are_found(name: str) -> None:
+    network, inputs = LIBRARIES["transformers"][name]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SymmetryWarning)
+        found = WeightSpec.of(network)
+    assert {g.size for g in found.groups.values()} == {g.size for g in WeightSpec.of(network, inputs).groups.values()}
