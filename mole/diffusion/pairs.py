@@ -212,7 +212,8 @@ class PairBatches(IterableDataset[Batch]):
             elements = self.augmentation.draw(size, generator)  # the same for a start and its target
             plain = elements.act(pairs.start), elements.act(pairs.clean)
         with torch.no_grad():
-            start, clean = (self.codec.normalise(weights) for weights in plain)
+            device = self.codec.scale.device  # noise is drawn on the CPU, wherever the codec lies
+            start, clean = (self.codec.normalise(weights.to(device)).cpu() for weights in plain)
         noise = torch.randn(clean.shape, generator=generator)
         noised = self.schedule.add_noise(clean, noise, cast(torch.IntTensor, timestep))
         conditions = Conditions(pairs.start_loss, pairs.target_loss)

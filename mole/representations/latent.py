@@ -4,23 +4,12 @@ Dimensions: N networks, P parameters, Z latent numbers.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mole.seeding import Seeded
-
-
-@dataclass(frozen=True)
-class LatentReport:
-    """What an autoencoder loses, on networks that it was not trained on."""
-
-    relative_error: float
-    """Mean squared error of normalised weights over their variance."""
-    accuracy_before: float | None = None
-    accuracy_after: float | None = None
 
 
 class Autoencoder(nn.Module):

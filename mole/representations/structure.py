@@ -4,7 +4,7 @@ Dimensions: T nodes of a kind, W numbers of a node, E edges, K numbers of an edg
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mole.representations.groups import Factor
 from mole.representations.spec import Entry, WeightSpec
-from mole.representations.views import Edges, Nodes
+from mole.representations.views import Edges, Nodes, View, ViewName, chunk_view, flat_view
 
 REST_WIDTH = 1024
 """Numbers that belong to no neuron stand in tokens of at most this width."""
@@ -264,3 +264,27 @@ def _join_heads(graph: _Graph, name: str, target: str, factors: Sequence[Factor]
     source = graph.node(f"heads {factors[head][0]}", sizes[head], ordered=False)
     ends = torch.stack([which, torch.arange(prod(sizes)) + low])
     graph.edges.append((f"heads {name} {low}", source, target, ends, torch.empty(len(which), 0, dtype=torch.int64)))
+
+
+def neuron_view(spec: WeightSpec) -> View:
+    """One token per neuron: incoming weights, bias, normalisation and outgoing weights of fixed ends together.
+
+    Tensors between two hidden layers are edges between their neurons: as columns of a token they would be permuted.
+    What belongs to no neuron is one further token.
+    """
+    return View(spec, *neuron_structure(spec))
+
+
+def graph_view(spec: WeightSpec) -> View:
+    """The parameter graph: neurons, inputs, biases, normalisations and heads are nodes; every number is on an edge."""
+    return View(spec, *graph_structure(spec))
+
+
+VIEWS: dict[ViewName, Callable[[WeightSpec], View]] = {
+    "flat": flat_view, "chunks": chunk_view, "neurons": neuron_view, "graph": graph_view,
+}  # fmt: skip
+
+
+def make_view(name: ViewName, spec: WeightSpec) -> View:
+    """A view by its name."""
+    return VIEWS[name](spec)

@@ -7,7 +7,7 @@ another one owns (context), or nothing (padding). Decoding reads owned places on
 Dimensions: N networks, P parameters, T nodes of a kind, W numbers of a node, E edges of a kind, K numbers of an edge.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -152,34 +152,6 @@ def chunk_view(spec: WeightSpec, *, size: int = 256, within_tensor: bool = True)
         rows.append(places.reshape(-1, size))
     places = torch.cat(rows)
     return View(spec, [Nodes("chunks", places, places >= 0, ordered=True)])
-
-
-def neuron_view(spec: WeightSpec) -> View:
-    """One token per neuron: incoming weights, bias, normalisation and outgoing weights of fixed ends together.
-
-    Tensors between two hidden layers are edges between their neurons: as columns of a token they would be permuted.
-    What belongs to no neuron is one further token.
-    """
-    from mole.representations.structure import neuron_structure
-
-    return View(spec, *neuron_structure(spec))
-
-
-def graph_view(spec: WeightSpec) -> View:
-    """The parameter graph: neurons, inputs, biases, normalisations and heads are nodes; every number is on an edge."""
-    from mole.representations.structure import graph_structure
-
-    return View(spec, *graph_structure(spec))
-
-
-VIEWS: dict[ViewName, Callable[[WeightSpec], View]] = {
-    "flat": flat_view, "chunks": chunk_view, "neurons": neuron_view, "graph": graph_view,
-}  # fmt: skip
-
-
-def make_view(name: ViewName, spec: WeightSpec) -> View:
-    """A view by its name."""
-    return VIEWS[name](spec)
 
 
 def unequal(view: View, *, seed: int = 0) -> list[str]:
