@@ -46,6 +46,7 @@ COLUMNS = {
 def train_one(view: str, symmetry: str, seed: int, steps: int, zoo_folder: Path) -> dict[str, Any]:
     """Train one generator and judge it."""
     from mole.checkpoints import Zoo
+    from mole.diffusion.generator import Request
     from mole.diffusion.pairs import ZooPairs
     from mole.diffusion.training import Data, train_generator
     from mole.evaluation.alignment import alignment, prompts
@@ -60,17 +61,19 @@ def train_one(view: str, symmetry: str, seed: int, steps: int, zoo_folder: Path)
     assert isinstance(task, Classification)
     began = time.perf_counter()
     state = zoo_folder.parent / f"{view}-{symmetry}.ckpt"
+    data = Data(task, lambda state: ZooPairs(training, task, chosen), heldout)
     generator, *_ = train_generator(
-        config, Data(task, lambda state: ZooPairs(training), heldout), state, identity="", device=torch.device("cpu"),
+        config, data, state, identity="", device=torch.device("cpu"),
         progress=lambda done, note="": None, log=lambda step, values: None,
     )  # fmt: skip
     seconds = time.perf_counter() - began
     state.unlink(missing_ok=True)
     starts, best = heldout.read(heldout.first), float(training.loss.min())
-    drawn = generator.draw(starts, torch.full((len(starts),), best), seed=seed).flat
+    drawn = generator.draw(Request(starts, {"target_loss": best}), seed=seed).flat
     count = EvaluateConfig().prompts
     prompted = prompts(best, heldout.loss[heldout.first], count)
-    asked = generator.draw(starts.repeat_interleave(count, 0), prompted.flatten(), seed=seed).flat
+    wanted = Request(starts.repeat_interleave(count, 0), {"target_loss": prompted.flatten()})
+    asked = generator.draw(wanted, seed=seed).flat
     achieved = task.measure(asked, "test")["loss"].reshape(prompted.shape)
     result = {
         "view": view, "symmetry": symmetry, "seed": seed, "steps": steps,

@@ -36,12 +36,29 @@ def unlearnable(config: Config, stages: tuple[StageName, ...]) -> list[str]:
     if not {"train", "sample", "evaluate"} & set(stages):
         return []
     task, vary = config.task, config.harvest.vary
-    faults = [
-        f"harvest.vary.{name}: generators are not conditioned on what a network is or which labels it knows; legal is "
-        "--only harvest, or to leave it out"
-        for name in ("width", "depth", "activation", "labels")
-        if getattr(vary, name) is not None
-    ]
+    faults = []
+    if vary.labels is not None:
+        faults.append(
+            "harvest.vary.labels: generators are not told which labels a network knows; legal is --only harvest, or "
+            "task.subtasks with generator.data"
+        )
+    several = [name for name in ("width", "depth", "activation") if getattr(vary, name) is not None]
+    generator = config.generator
+    if several and (generator.symmetry != "equivariant" or config.harvest.mode == "stream"):
+        faults.append(
+            f"harvest.vary.{several[0]}: networks of several kinds are learned from a zoo on disk, by generators of "
+            f"symmetry equivariant; found {config.harvest.mode} and {generator.symmetry}"
+        )
+    for name in several:
+        values, own = getattr(vary, name), getattr(task, name)
+        if own not in values:
+            faults.append(f"harvest.vary.{name} is {values}, but task.{name} is {own}; legal is to have it among them")
+    if task.subtasks.differ != generator.data:
+        differ = "differ" if task.subtasks.differ else "do not differ"
+        faults.append(
+            f"generator.data is {str(generator.data).lower()}, and task.subtasks {differ}; legal is generator.data "
+            "where sub-tasks differ, and only there"
+        )
     if task.name in ("cartpole", "cifar10") or task.depth != 1:
         faults.append(
             f"task: {task.name} with depth {task.depth} can be harvested, but generators learn classifiers with one "

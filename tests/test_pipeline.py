@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mole
-from mole.files import file_digest
+from mole.files import file_digest, read_json
 from mole.provenance import Ledger
 
 from .conftest import ROOT, run_command
@@ -38,7 +38,13 @@ def test_the_run_folder_holds_what_was_promised(tiny_run: Path) -> None:
     for section, keys in REPORT.items():
         assert set(keys.split()) <= report[section].keys(), section
     for null in report["nulls"].values():
-        assert null.keys() == {"accuracy_mean", "nearest_training_distance"}
+        assert null.keys() == {
+            "accuracy_mean",
+            "loss_mean",
+            "prompt_split_loss_mean",
+            "nearest_training_distance",
+            "diversity",
+        }
     assert report["split"] == {
         "train_runs": 48, "heldout_runs": 16, "train_images": 1200, "prompt_images": 300, "test_images": 297,
     }  # fmt: skip
@@ -192,15 +198,56 @@ def test_varied_runs_are_harvested_with_their_factors_and_refused_by_the_generat
         "configs/tiny.yaml", "--out", str(tmp_path), "--harvest.vary.width", "[4, 8]", "--harvest.keep", "loss",
         "--harvest.vary.optimizer", "[adam, sgd]", "--harvest.dtype", "float16",
     )  # fmt: skip
-    refused = run_command(*varied, "--harvest.vary.activation", "[relu, tanh]")
+    refused = run_command(*varied, "--harvest.vary.labels", "[[0, 1], [2, 3]]", "--generator.symmetry", "none")
     assert refused.returncode == 2 and not (tmp_path / "zoo").exists()
-    for name in ("width", "activation"):
-        assert f"harvest.vary.{name}: generators are not conditioned on what a network is" in refused.stderr
-    assert "legal is --only harvest" in refused.stderr
+    assert "harvest.vary.labels: generators are not told which labels a network knows; legal is" in refused.stderr
+    assert "harvest.vary.width is [4, 8], but task.width is 16; legal is to have it among them" in refused.stderr
+    assert "by generators of symmetry equivariant; found disk and none" in refused.stderr
     assert run_command(*varied, "--only", "harvest").returncode == 0
     zoo = mole.Zoo(tmp_path / "zoo")
     assert zoo.runs == 64 and set(zoo.column("width")) == {4, 8} and set(zoo.column("optimizer")) == {"adam", "sgd"}
     assert zoo.header.dtype == "float16" and zoo.filter(width=8).spec.size == 610
+
+
+SHORT = ("configs/tiny.yaml", "--train.steps", "10", "--train.validate_every", "10", "--evaluate.repeats", "2",
+         "--evaluate.unseen", "2", "--evaluate.optimizer_steps", "5", "--harvest.heldout_runs", "32")  # fmt: skip
+
+
+def test_a_generator_of_several_widths_is_trained_and_judged_at_unseen_ones(tmp_path: Path) -> None:
+    done = run_command(
+        *SHORT, "--task.width", "8", "--harvest.vary.width", "[4, 8]", "--harvest.vary.activation", "[relu, tanh]",
+        "--generator.conditions", "[target_loss, activation]", "--evaluate.widths", "[4, 6]", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = read_json(tmp_path / "report.json")
+    assert [(row["width"], row["in_zoo"]) for row in report["widths"]] == [(4, True), (6, False)]
+    assert set(report["unseen_initialisations"]) == {"xavier", "orthogonal", "kaiming_fan_in", "kaiming_fan_out"}
+    assert report["conditional_dispersion"]["ratio"] > 0
+    generator = mole.load(tmp_path)
+    kinds = {(a.widths[1], a.activation) for a in generator.card.architectures}
+    assert kinds == {(4, "relu"), (4, "tanh"), (8, "relu"), (8, "tanh")}
+    wide = generator.card.architecture.model_copy(update={"widths": [64, 20, 10]})
+    samples = generator.sample(n=2, architecture=wide, target_loss=1.0, activation="relu")
+    assert samples[0].module()(torch.rand(3, 64)).shape == (3, 10) and samples.architecture.widths == [64, 20, 10]
+
+
+def test_a_generator_of_subtasks_is_told_of_them_by_examples(tmp_path: Path) -> None:
+    done = run_command(
+        *SHORT, "--task.subtasks.labels", "[4, 10]", "--task.subtasks.rename", "true", "--task.subtasks.rotate", "90",
+        "--task.subtasks.pixels", "0.5", "--generator.view", "classes", "--generator.data", "true", "--out",
+        str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = read_json(tmp_path / "report.json")
+    assert "unseen_initialisations" not in report and report["one_pass"]["heldout_trained_accuracy_mean"] > 0.5
+    assert len((tmp_path / "rank" / "leaderboard.csv").read_text().splitlines()) == 9
+    generator = mole.load(tmp_path)
+    images, labels = torch.rand(30, 64), torch.arange(30) % 5
+    one = generator.sample(n=2, support=(images, labels), target_loss=0.3)
+    other = generator.sample(n=2, support=(images.flip(1), labels), target_loss=0.3)
+    assert not torch.equal(one.flat, other.flat)
+    again = generator.sample(n=2, support=(images.flip(0), labels.flip(0)), target_loss=0.3)
+    torch.testing.assert_close(again.flat, one.flat, rtol=1e-4, atol=1e-5)  # in any order
 
 
 def test_tasks_that_generators_cannot_learn_yet_say_so(tmp_path: Path) -> None:
@@ -338,9 +385,9 @@ def test_every_config_runs_for_two_steps(path: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr("mole.evaluation.judge.REFERENCES", 2)
     write_npz(tmp_path / "mnist.npz")
     write_npz(tmp_path / "cifar10.npz", shape=(32, 32, 3))
-    only = re.search(r"--only (\S+)", path.read_text())
+    only, heldout = re.search(r"--only (\S+)", path.read_text()), 40 if path.stem == "widths" else 2
     small = {
-        "task.steps": 2, "harvest.runs": 20, "harvest.heldout_runs": 2, "harvest.checkpoints": 3, "train.steps": 2,
+        "task.steps": 2, "harvest.runs": 20, "harvest.heldout_runs": heldout, "harvest.checkpoints": 3, "train.steps": 2,
         "train.batch_size": 4, "sample.networks": 2, "evaluate.starts": 2, "evaluate.prompts": 2,
         "evaluate.optimizer_steps": 2, "tracking.mode": "disabled",
     }  # fmt: skip
@@ -348,7 +395,7 @@ def test_every_config_runs_for_two_steps(path: Path, tmp_path: Path, monkeypatch
     arguments += ["--only", only[1]] if only else []
     request = parse([str(path), *arguments, "--out", str(tmp_path / "run")])
     report = run(request.config, request.out, request.stages, LineReporter(), began=0.0)
-    assert report["harvest"]["runs"] == 22 and report["harvest"]["diverged_runs"] == 0
+    assert report["harvest"]["runs"] == 20 + heldout and report["harvest"]["diverged_runs"] == 0
     assert only or (report["train"]["steps"] == 2 and report["rank"]["candidates"] == 2)
 
 

@@ -109,7 +109,8 @@ def train_group(task: Task, group: Group, harvest: HarvestConfig, progress: Prog
     history = train_population(varied, group.seeds, schedule, progress=progress)
     metrics: Metrics = {}
     if len(history.weights):
-        metrics = varied.measure(history.weights.to(task.device), "prompt")
+        seeds = [group.seeds[run] for run in history.runs.tolist()]
+        metrics = varied.measure(history.weights.to(task.device), "prompt", seeds)
     which = history.runs
     columns: dict[str, Any] = {
         "run": [run_name(group.runs[run]) for run in which.tolist()],

@@ -29,6 +29,9 @@ class LiveRun:
     """(K, P)."""
     loss: Tensor
     """(K,)."""
+    values: dict[str, Tensor]
+    """Steps and metrics, each (K,)."""
+    seed: int
     uses: list[int]
     """Times that each state has been read."""
 
@@ -166,11 +169,15 @@ class Reservoir:
             raise MoleError("harvest.vary: networks of several widths or depths cannot be streamed to one generator")
         loss, names = found.columns["loss"], found.columns["run"]
         diverged = found.columns["diverged"]
+        measured = {"steps": "step"} | {n: n for n, column in found.columns.items()
+                                        if isinstance(column, Tensor) and column.is_floating_point()}  # fmt: skip
         starts = [i for i in range(len(names)) if i == 0 or names[i] != names[i - 1]]
         for low, high in zip(starts, [*starts[1:], len(names)], strict=True):
             if not diverged[low] and bool(loss[low:high].isfinite().all()):
                 weights = self.change(found.weights[low:high].clone())  # a view would keep its whole group in memory
-                self.runs.append(LiveRun(weights, loss[low:high], [0] * (high - low)))
+                values = {name: found.columns[column][low:high].float() for name, column in measured.items()}
+                seed = int(found.columns["seed"][low])
+                self.runs.append(LiveRun(weights, loss[low:high], values, seed, [0] * (high - low)))
                 self.flow.runs += 1
                 self.flow.checkpoints += high - low
                 self.flow.low = min(self.flow.low, float(loss[low:high].min()))

@@ -40,7 +40,36 @@ RECIPES: dict[str, dict[str, Any]] = {
 epochs of the training images left after the prompt images are taken off, and 500 iterations of 16 steps."""
 RECIPES["fashion_mnist"] = RECIPES["mnist"]
 
+Condition = Literal[
+    "start_loss", "target_loss", "start_accuracy", "target_accuracy", "start_return", "target_return",
+    "learning_rate", "optimizer", "batch_size", "activation", "steps",
+]  # fmt: skip
+
 TaskName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cartpole", "iris", "wine", "breast_cancer"]
+
+
+class SubtaskConfig(Section):
+    """Tasks within the task, one of its own for every run, drawn by the run's seed; nothing differs by default."""
+
+    labels: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=2, max_length=2)] | None = None
+    """Fewest and most labels that are there; null leaves all."""
+    rename: bool = False
+    """Whether labels exchange their names."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Images are turned by up to so many degrees, either way."""
+    pixels: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Smallest share of the pixels that can be seen; the others are blank."""
+
+    @property
+    def differ(self) -> bool:
+        """Whether there are sub-tasks at all."""
+        return self != SubtaskConfig()
+
+    @model_validator(mode="after")
+    def _fewest_first(self) -> "SubtaskConfig":
+        if self.labels is not None and self.labels[0] > self.labels[1]:
+            raise ValueError(f"labels {self.labels}: legal is the smaller number first")
+        return self
 
 
 class TaskConfig(Section):
@@ -69,6 +98,7 @@ class TaskConfig(Section):
     """Only images of these labels; null takes all."""
     data_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the training images that a run sees, drawn by its seed."""
+    subtasks: SubtaskConfig = SubtaskConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -82,8 +112,15 @@ class TaskConfig(Section):
     def _data_are_there(self) -> "TaskConfig":
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels {self.labels}: legal is each label once")
-        if self.name == "cartpole" and (self.labels is not None or self.data_fraction != 1):
-            raise ValueError("cartpole has neither labels nor images; legal is to leave labels and data_fraction out")
+        if self.name == "cartpole" and (self.labels is not None or self.data_fraction != 1 or self.subtasks.differ):
+            raise ValueError(
+                "cartpole has neither labels nor images; legal is to leave labels, data_fraction and subtasks out"
+            )
+        if self.subtasks.differ and (self.labels is not None or self.data_fraction != 1 or self.name == "cifar10"):
+            raise ValueError(
+                "subtasks choose labels by themselves, of flat images; legal is to leave labels and data_fraction out, "
+                "and a task other than cifar10"
+            )
         return self
 
 
@@ -130,8 +167,9 @@ class HarvestConfig(Section):
 class GeneratorConfig(Section):
     """The diffusion transformer, and how it sees weights."""
 
-    view: Literal["neurons", "chunks", "graph", "flat", "latent"] = "neurons"
-    """What its tokens are: neurons, pieces of tensors (G.pt's), the parameter graph, all at once, or a learned code."""
+    view: Literal["neurons", "classes", "chunks", "graph", "flat", "latent"] = "neurons"
+    """What its tokens are: neurons, neurons and outputs, pieces of tensors (G.pt's), the parameter graph, all at once,
+    or a learned code."""
     symmetry: Literal["none", "augment", "canonical", "equivariant"] = "equivariant"
     """What is done about interchangeable neurons: nothing, random orders, one order for all by matching to a reference,
     or tokens without a position (neurons and graph only)."""
@@ -141,6 +179,11 @@ class GeneratorConfig(Section):
     """Numbers of the learned code."""
     latent_steps: Count = 2000
     """Training steps of the autoencoder."""
+    conditions: Annotated[list[Condition], Field(min_length=1)] = ["start_loss", "target_loss"]
+    """What can be asked for or told, each of it optional: metrics of the start and of the wanted network, and how it is
+    trained."""
+    data: bool = False
+    """Whether it also reads a labelled support set of the data, and the start's gradient on it (`classes` only)."""
     width: Count = 128
     layers: Count = 4
     heads: Count = 4
@@ -148,7 +191,11 @@ class GeneratorConfig(Section):
 
     @model_validator(mode="after")
     def _settings_agree(self) -> "GeneratorConfig":
-        if self.symmetry == "equivariant" and self.view not in ("neurons", "graph"):
+        if self.data and self.view != "classes":
+            raise ValueError(f"data needs view classes, whose outputs are told by their examples; found {self.view}")
+        if len(set(self.conditions)) < len(self.conditions):
+            raise ValueError(f"conditions {self.conditions}: legal is each one once")
+        if self.symmetry == "equivariant" and self.view not in ("neurons", "classes", "graph"):
             raise ValueError(
                 f"symmetry equivariant is not defined for view {self.view}; legal there: none, augment, canonical"
             )
@@ -178,6 +225,14 @@ class TrainConfig(Section):
     """Share of a batch that aims at the last quarter of the kept states: where the best losses are."""
     initial_fraction: Fraction = 0.67
     """Share of a batch that starts from the run's first state."""
+    drop_fraction: Fraction = 0.1
+    """Share of a batch in which each condition is left out, so that it may be left out when sampling."""
+    drop_start_fraction: Fraction = 0.1
+    """Share of a batch that has no start network."""
+    support_images: Count = 128
+    """Labelled images that tell the generator of the data, where it reads them."""
+    layouts: Count = 4
+    """Layouts of networks in one batch, where the zoo has several."""
     log_every: Count = 50
     """Steps between two rows of `metrics.csv`."""
     validate_every: Count = 500
@@ -193,6 +248,8 @@ class SampleConfig(Section):
     """Generated networks, one per held-out start."""
     target_loss: Positive | None = None
     """Prompt; null asks for the best loss in the zoo."""
+    guidance: Annotated[float, Field(ge=0, le=20)] = 1.0
+    """How far the prompt is overdone (classifier-free guidance); other values than 1 cost a second evaluation."""
     evaluations: Annotated[int, Field(ge=1, le=1000)] = 1
     """Evaluations of the generator per network."""
 
@@ -209,6 +266,16 @@ class EvaluateConfig(Section):
     adam_learning_rates: LearningRates = [0.003, 0.01, 0.03]
     """Tried on the prompt images; the best one is reported."""
     sgd_learning_rates: LearningRates = [0.03, 0.1, 0.3]
+    passes: Count = 4
+    """One pass after another, each from what the last one made."""
+    unseen: Natural = 32
+    """Starts of each initialisation, and networks of each width, that the zoo does not have; 0 leaves both out."""
+    widths: list[Count] = []
+    """Widths to generate networks of, whether the zoo has them or not."""
+    repeats: Annotated[int, Field(ge=0)] = 8
+    """Draws from one start, for the spread within one condition; 0 leaves it out."""
+    support_images: Count = 256
+    """Labelled examples of each held-out sub-task, where there are such."""
 
 
 class RankConfig(Section):

@@ -4,6 +4,7 @@ Dimensions: N networks, P parameters, Z numbers of the code (P without an autoen
 """
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from mole.errors import MoleError
 from mole.representations import EntryScale, View, WeightSpec, chunk_view, make_view
 from mole.representations.handling import Canonical, Elements
 from mole.representations.latent import Autoencoder
+from mole.representations.spec import differences
+from mole.representations.structure import word
 from mole.representations.views import unequal
 
 
@@ -22,19 +25,27 @@ class Codec(nn.Module):
     Args:
         spec: of the networks.
         config: says which view, and what is done about symmetry.
-        stds: one per tensor, of the training networks.
+        stds: standard deviations over the training networks, of every tensor by its word.
         reference: (P,), the network that others are matched to, where symmetry is handled by that.
+
+    Raises:
+        MoleError: a tensor has a word that the training networks had not.
     """
 
     scale: Tensor
     reference: Tensor | None
 
     def __init__(
-        self, spec: WeightSpec, config: GeneratorConfig, stds: list[float], reference: Tensor | None = None
+        self, spec: WeightSpec, config: GeneratorConfig, stds: dict[str, float], reference: Tensor | None = None
     ) -> None:
         super().__init__()
         self.spec, self.config, self.stds = spec, config, stds
-        self.register_buffer("scale", EntryScale.of(spec, stds).scale, persistent=False)
+        unknown = [f"{entry.name} ({word(entry)})" for entry in spec.entries if word(entry) not in stds]
+        if unknown:
+            raise MoleError(f"this generator has seen no {', '.join(unknown)}; it knows {', '.join(stds)}")
+        scales = EntryScale.of(spec, [stds[word(entry)] for entry in spec.entries])
+        self.register_buffer("scale", scales.scale, persistent=False)
+        self._others: dict[str, Codec] = {}
         self.register_buffer("reference", reference)
         self.autoencoder = Autoencoder(spec.size, config.latent) if config.view == "latent" else None
         self.canonical = Canonical(spec, reference) if reference is not None else None
@@ -44,6 +55,23 @@ class Codec(nn.Module):
         """Numbers of a code, Z."""
         return self.config.latent if self.autoencoder is not None else self.spec.size
 
+    def of(self, spec: WeightSpec) -> "Codec":
+        """The codec of networks of another layout.
+
+        Raises:
+            MoleError: such networks cannot be generated.
+        """
+        if spec.fingerprint == self.spec.fingerprint:
+            return self
+        if self.reference is not None or self.autoencoder is not None or self.config.view in ("chunks", "flat"):
+            handling = f"view {self.config.view}, symmetry {self.config.symmetry}"
+            raise MoleError(f"{handling} serves one layout only ({differences(self.spec, spec)}); legal for several: "
+                            "neurons, classes or graph, and equivariant")  # fmt: skip
+        if spec.fingerprint not in self._others:
+            self._others[spec.fingerprint] = Codec(spec, self.config, self.stds).to(self.scale.device)
+        return self._others[spec.fingerprint]
+
+    @cached_property
     def view(self) -> View:
         """How the denoiser sees a code."""
         if self.autoencoder is not None:

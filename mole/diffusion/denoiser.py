@@ -3,10 +3,15 @@
 Blocks as in DiT (Peebles & Xie 2023, adaLN-zero); residual from the start weights through
 zero-initialised heads as in G.pt (Peebles et al. 2022): an untrained model returns its start.
 
+What reads and writes weights belongs to what a tensor is, in a word that networks of any width and depth share: one
+denoiser serves them all, several of them in one batch.
+
 Dimensions: B networks, T tokens, S source tokens, D width, W numbers of a token, K numbers of an edge, P parameters.
 """
 
-from math import sqrt
+from collections.abc import Iterator, Sequence
+from math import log, sqrt
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +19,24 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mole.config import GeneratorConfig
-from mole.diffusion.conditions import ConditionEmbedding, Conditions
+from mole.diffusion.conditions import FEATURES, ConditionEmbedding, Conditions, SetEncoder, fourier
+from mole.errors import MoleError
+from mole.representations.structure import OUTPUTS
 from mole.representations.views import Edges, Nodes, Tokens, View
+
+
+class Networks(NamedTuple):
+    """Networks of one layout on their way through the denoiser; weights are normalised."""
+
+    view: View
+    """How their weights become tokens and edges."""
+    noised: Tensor
+    """(B, P), with noise."""
+    start: Tensor
+    """(B, P), of the start networks; 0 where there is none."""
+    level: Tensor
+    """(B,), noise level, 0 (clean) to 1 (only noise)."""
+    conditions: Conditions
 
 
 class Block(nn.Module):
@@ -32,11 +53,12 @@ class Block(nn.Module):
         self.contract = nn.Linear(mlp_ratio * width, width)
         self.modulate = _zeros(nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, T, D), for conditions (B, D); `mask` (B, 1, 1, T) is true where there is a token at all."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(c)[:, None].chunk(6, -1)  # (B, 1, D) each
         y = self.norm_attention(x) * (1 + scale1) + shift1  # (B, T, D)
         q, k, v = rearrange(self.qkv(y), "b t (three h d) -> three b h t d", three=3, h=self.heads)
-        y = rearrange(F.scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)")  # (B, T, D)
+        y = rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h t d -> b t (h d)")  # (B, T, D)
         x = x + gate1 * self.project(y)  # (B, T, D)
         y = self.norm_mlp(x) * (1 + scale2) + shift2  # (B, T, D)
         return x + gate2 * self.contract(F.silu(self.expand(y)))  # (B, T, D)
@@ -57,37 +79,31 @@ class OwnLinear(nn.Module):
 class ReadEdges(nn.Module):
     """What nodes learn from the numbers on their edges: a sum over edges, each times a map of the other end."""
 
-    def __init__(self, edges: Edges, sizes: tuple[int, int], width: int) -> None:
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.edges, self.sizes = edges, sizes
-        channels = 2 * edges.places.shape[1] if edges.complete else 1
-        self.forth, self.back = (nn.Linear(width, channels * width, bias=False) for _ in range(2))
-        self.register_buffer("ends", edges.ends, persistent=False)
+        self.forth, self.back = (nn.Linear(width, max(1, channels) * width, bias=False) for _ in range(2))
 
-    ends: Tensor
-
-    def forward(self, source: Tensor, target: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Messages to the sources (B, S, D) and to the targets (B, T, D) from values (B, E, 2 K)."""
-        if not self.edges.complete:
-            at, to = self.ends
+    def forward(self, edges: Edges, source: Tensor, target: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Messages to the sources (B, S, D) and to the targets (B, T, D) from values (B, E, channels)."""
+        if not edges.complete:
+            at, to = edges.ends.to(source.device)
             forward = torch.zeros_like(target).index_add(1, to, self.forth(source)[:, at])
             return torch.zeros_like(source).index_add(1, at, self.back(target)[:, to]), forward
-        sources, targets = self.sizes
-        e = values.unflatten(1, (targets, sources))  # (B, T, S, 2 K)
-        there = self.forth(source).unflatten(-1, (e.shape[-1], -1))  # (B, S, 2 K, D)
-        back = self.back(target).unflatten(-1, (e.shape[-1], -1))  # (B, T, 2 K, D)
-        forward = torch.einsum("btsk,bskd->btd", e, there) / sqrt(sources)
-        return torch.einsum("btsk,btkd->bsd", e, back) / sqrt(targets), forward
+        e = values.unflatten(1, (target.shape[1], source.shape[1]))  # (B, T, S, channels)
+        there = self.forth(source).unflatten(-1, (e.shape[-1], -1))  # (B, S, channels, D)
+        back = self.back(target).unflatten(-1, (e.shape[-1], -1))  # (B, T, channels, D)
+        forward = torch.einsum("btsk,bskd->btd", e, there) / sqrt(source.shape[1])
+        return torch.einsum("btsk,btkd->bsd", e, back) / sqrt(target.shape[1]), forward
 
 
 class WriteEdges(nn.Module):
     """Changes of the numbers on edges: a bilinear form of their two ends."""
 
-    def __init__(self, edges: Edges, width: int) -> None:
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.channels = edges.places.shape[1]
+        self.channels = channels
         self.there = nn.Linear(width, width)
-        self.here = _zeros(nn.Linear(width, self.channels * width))
+        self.here = _zeros(nn.Linear(width, channels * width))
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """(B, E, K)."""
@@ -96,15 +112,16 @@ class WriteEdges(nn.Module):
         return found.flatten(1, 2)
 
 
-class WriteNothing(nn.Module):
-    """Edges that carry nothing."""
+class Own(nn.Module):
+    """A linear layer of its own for every token, for tokens that are all different (chunks)."""
 
-    def __init__(self, edges: Edges) -> None:
+    def __init__(self, tokens: int, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.count = len(edges.places)
+        self.weight = nn.Parameter(torch.empty(tokens, inputs, outputs).uniform_(-1, 1) / sqrt(inputs))
+        self.bias = nn.Parameter(torch.zeros(tokens, outputs))
 
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        return source.new_zeros(len(source), self.count, 0)
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bti,tio->bto", x, self.weight) + self.bias
 
 
 class Denoiser(nn.Module):
@@ -113,109 +130,194 @@ class Denoiser(nn.Module):
     Where nothing tells the neurons of a group apart, permuting them in both inputs permutes the output.
 
     Args:
-        view: how weights become tokens and edges.
-        config: width, layers and heads; whether interchangeable tokens get a position.
+        views: of the networks that it shall know; others will do that are made of the same things.
+        config: width, layers and heads; conditions; whether interchangeable tokens get a position.
+        numbers: per example of a support set, where the generator reads data.
 
     Example:
-        >>> denoiser = Denoiser(neuron_view(task.spec), GeneratorConfig())
-        >>> denoiser(noised, start, level, Conditions(start_loss, target_loss)).shape
+        >>> view = neuron_view(task.spec)
+        >>> denoiser = Denoiser([view], GeneratorConfig())
+        >>> denoiser([Networks(view, noised, start, level, conditions)])[0].shape
         torch.Size([8, 1210])
     """
 
-    def __init__(self, view: View, config: GeneratorConfig) -> None:
+    def __init__(self, views: Sequence[View], config: GeneratorConfig, *, numbers: int = 0) -> None:
         super().__init__()
-        self.view, width = view, config.width
-        self.read = nn.ModuleList(_reader(kind, width) for kind in view.nodes)
-        positions = config.symmetry != "equivariant"
-        self.places = nn.ParameterList(_places(kind, width, positions=positions) for kind in view.nodes)
-        sizes = [len(kind.places) for kind in view.nodes]
-        self.read_edges = nn.ModuleList(
-            ReadEdges(kind, (sizes[kind.source], sizes[kind.target]), width) for kind in view.edges
-        )
-        self.embed = ConditionEmbedding(width)
+        self.config, width = config, config.width
+        self.positions = config.symmetry != "equivariant"
+        self.channels = 3 if config.data else 2
+        """How often a weight is read: noised, of the start, and as the start's gradient."""
+        self.read, self.write, self.read_edges, self.write_edges = (nn.ModuleDict() for _ in range(4))
+        self.places = nn.ParameterDict()
+        for view in views:
+            for kind in view.nodes:
+                self._learn(kind)
+            for edges in view.edges:
+                self._learn_edges(edges)
+        self.depth = nn.Linear(FEATURES, width, bias=False)
+        self.embed = ConditionEmbedding(config.conditions, width)
+        self.embed_data = SetEncoder(numbers, width) if config.data else None
+        self.embed_size = nn.Linear(2, width, bias=False)
         self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_ratio) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulate = _zeros(nn.Linear(width, 2 * width))
-        self.write = nn.ModuleList(_writer(kind, width) for kind in view.nodes)
-        self.write_edges = nn.ModuleList(
-            WriteEdges(kind, width) if kind.places.shape[1] else WriteNothing(kind) for kind in view.edges
-        )
 
-    def forward(self, noised: Tensor, start: Tensor, level: Tensor, conditions: Conditions) -> Tensor:
-        """One evaluation.
+    def _learn(self, kind: Nodes) -> None:
+        """Give a kind of nodes what it needs, unless another one shares it."""
+        (tokens, numbers), width = kind.places.shape, self.config.width
+        if (key := self._place(kind)) not in self.places:
+            spread = 0.02 if numbers else 1.0  # without numbers it is all that edges have to go by
+            rows = tokens if kind.ordered or self.positions else 1
+            self.places[key] = nn.Parameter(torch.randn(rows, width) * spread)
+        if kind.kind == OUTPUTS and "data" not in self.places:
+            self.places["data"] = nn.Parameter(torch.zeros(1, width))
+        for key, size in _parts(kind):
+            if key not in self.read:
+                if not kind.parts and tokens > 1:
+                    self.read[key] = Own(tokens, self.channels * size, width)
+                    self.write[key] = own = Own(tokens, width, size)
+                    nn.init.zeros_(own.weight)
+                    continue
+                self.read[key] = read = nn.Linear(self.channels * size, width)
+                bound = 1 / sqrt(self.channels * numbers)  # as if the numbers of a node were read by one layer
+                nn.init.uniform_(read.weight, -bound, bound)
+                nn.init.zeros_(read.bias)
+                self.write[key] = _zeros(nn.Linear(width, size))
 
-        Args:
-            noised: (B, P), normalised weights with noise.
-            start: (B, P), normalised weights of the start networks.
-            level: (B,), noise level, 0 (clean) to 1 (only noise).
-            conditions: each (B,).
+    def _learn_edges(self, edges: Edges) -> None:
+        key, numbers = _key(edges.part, edges.places.shape[1]), edges.places.shape[1]
+        if key not in self.read_edges:
+            self.read_edges[key] = ReadEdges(self.channels * numbers if edges.complete else 1, self.config.width)
+            if numbers:
+                self.write_edges[key] = WriteEdges(numbers, self.config.width)
 
-        Returns:
-            (B, P), normalised clean weights.
+    def _place(self, kind: Nodes) -> str:
+        own = kind.ordered or self.positions
+        return _key(kind.kind, len(kind.places)) if own else kind.kind
+
+    def knows(self, view: View) -> None:
+        """Refuse networks that are made of something that this denoiser has not seen.
+
+        Raises:
+            MoleError: naming it, and what there is.
         """
-        c = self.embed(level, conditions)  # (B, D)
-        tokens = self._read(self.view.encode(noised), self.view.encode(start))
-        lengths = [t.shape[1] for t in tokens]
-        x = torch.cat(tokens, 1)  # (B, T, D)
+        parts = [key for kind in view.nodes for key, _ in _parts(kind)]
+        parts += [self._place(kind) for kind in view.nodes]
+        edges = [_key(edges.part, edges.places.shape[1]) for edges in view.edges]
+        known = {*self.read, *self.places}
+        unknown = [key for key in parts if key not in known] + [key for key in edges if key not in self.read_edges]
+        if unknown:
+            raise MoleError(
+                f"this generator has seen no {', '.join(dict.fromkeys(unknown))}; it knows "
+                f"{', '.join(sorted({*self.read, *self.read_edges}))}"
+            )
+
+    def forward(self, batch: Sequence[Networks]) -> list[Tensor]:
+        """One evaluation of networks of one or several layouts: normalised clean weights (B, P) of each."""
+        tokens = [self._read(part) for part in batch]
+        lengths = [sum(kind.shape[1] for kind in part) for part in tokens]
+        longest = max(lengths)
+        x = torch.cat([F.pad(torch.cat(part, 1), (0, 0, 0, longest - n))
+                       for part, n in zip(tokens, lengths, strict=True)])  # fmt: skip
+        c = torch.cat([self._condition(part) for part in batch])  # (B, D)
+        mask = None
+        if min(lengths) < longest:
+            sizes = [len(part.level) for part in batch]
+            counts = torch.tensor(lengths, device=x.device).repeat_interleave(torch.tensor(sizes, device=x.device))
+            mask = (torch.arange(longest, device=x.device) < counts[:, None])[:, None, None]  # (B, 1, 1, T)
         for block in self.blocks:
-            x = block(x, c)  # (B, T, D)
+            x = block(x, c, mask)  # (B, T, D)
         shift, scale = self.modulate(c)[:, None].chunk(2, -1)  # (B, 1, D) each
         x = self.norm(x) * (1 + scale) + shift  # (B, T, D)
-        parts = list(x.split(lengths, 1))
-        deltas = [write(part) for write, part in zip(self.write, parts, strict=True)]  # (B, T, W) each
-        ends = [(parts[kind.source], parts[kind.target]) for kind in self.view.edges]
-        edges = [write(*pair) for write, pair in zip(self.write_edges, ends, strict=True)]
-        return start + self.view.decode(Tokens(deltas, edges))  # (B, P)
+        rows = x.split([len(part.level) for part in batch])
+        return [self._write(part, y) for part, y in zip(batch, rows, strict=True)]
 
-    def _read(self, noised: Tokens, start: Tokens) -> list[Tensor]:
+    def _condition(self, part: Networks) -> Tensor:
+        """(B, D)."""
+        hidden = [kind for kind in part.view.nodes if not kind.ordered]
+        neurons = sum(len(kind.places) for kind in hidden)
+        size = part.level.new_tensor([log(max(1, neurons)), float(len(hidden))])
+        return self.embed(part.level, part.conditions) + self.embed_size(size)
+
+    def _read(self, part: Networks) -> list[Tensor]:
         """(B, T, D) per kind of nodes."""
+        view, conditions = part.view, part.conditions
+        inputs = [part.noised, part.start]
+        if self.channels == 3:
+            gradient = conditions.gradient
+            inputs.append(torch.zeros_like(part.start) if gradient is None else gradient)
+        seen = [view.encode(flat) for flat in inputs]
         tokens = []
-        for read, place, one, other in zip(self.read, self.places, noised.nodes, start.nodes, strict=True):
-            tokens.append((read(torch.cat([one, other], -1)) + place).expand(len(one), -1, -1))
-        messages = [torch.zeros_like(token) for token in tokens] if self.view.edges else []
-        for read, kind, one, other in zip(self.read_edges, self.view.edges, noised.edges, start.edges, strict=True):
-            values = torch.cat([one, other], -1)
-            back, forth = read(tokens[kind.source], tokens[kind.target], values)
+        for number, kind in enumerate(view.nodes):
+            place = self._placed(kind, conditions) + self.depth(fourier(part.level.new_tensor([kind.depth])))
+            tokens.append((self._read_nodes(kind, [one.nodes[number] for one in seen]) + place).expand(
+                len(part.level), len(kind.places), -1))  # fmt: skip
+        if not view.edges:
+            return tokens
+        messages = [torch.zeros_like(token) for token in tokens]
+        for number, kind in enumerate(view.edges):
+            read = self.read_edges[_key(kind.part, kind.places.shape[1])]
+            values = torch.cat([one.edges[number] for one in seen], -1)
+            back, forth = read(kind, tokens[kind.source], tokens[kind.target], values)
             messages[kind.source] = messages[kind.source] + back
             messages[kind.target] = messages[kind.target] + forth
-        return [t + m for t, m in zip(tokens, messages, strict=True)] if messages else tokens
+        return [t + m for t, m in zip(tokens, messages, strict=True)]
+
+    def _read_nodes(self, kind: Nodes, values: list[Tensor]) -> Tensor:
+        """(B, T, D) of the numbers (B, T, W) of each input; of nodes without numbers (1, 1, 1), nothing."""
+        parts = list(_parts(kind))
+        if not parts:
+            return values[0].new_zeros(1, 1, 1)
+        if not kind.parts:
+            return self.read[parts[0][0]](torch.cat(values, -1))
+        pieces = zip(*(value.split([size for _, size in parts], -1) for value in values), strict=True)
+        joined = torch.cat([torch.cat(piece, -1) for piece in pieces], -1)
+        layers = [cast(nn.Linear, self.read[key]) for key, _ in parts]
+        bias = torch.stack([layer.bias for layer in layers]).sum(0)
+        return F.linear(joined, torch.cat([layer.weight for layer in layers], 1), bias)
+
+    def _placed(self, kind: Nodes, conditions: Conditions) -> Tensor:
+        """What a token knows of where it stands: (1 or B, 1 or T, D)."""
+        place = self.places[self._place(kind)][None]
+        if kind.kind != OUTPUTS or self.embed_data is None or conditions.images is None:
+            return place
+        assert conditions.labels is not None
+        found = self.embed_data(conditions.images, conditions.labels, len(kind.places)) + self.places["data"]
+        given = (conditions.labels >= 0).any(1)[:, None, None]  # (B, 1, 1)
+        return torch.where(given, found, place)
+
+    def _write(self, part: Networks, x: Tensor) -> Tensor:
+        """(B, P) of what the transformer made of the tokens, (B, T or more, D)."""
+        view = part.view
+        sizes = [len(kind.places) for kind in view.nodes]
+        tokens = x[:, : sum(sizes)].split(sizes, 1)
+        nodes = [self._write_nodes(kind, y) for kind, y in zip(view.nodes, tokens, strict=True)]
+        edges = []
+        for kind in view.edges:
+            numbers = kind.places.shape[1]
+            ends = tokens[kind.source], tokens[kind.target]
+            nothing = x.new_zeros(len(x), len(kind.places), 0)
+            edges.append(self.write_edges[_key(kind.part, numbers)](*ends) if numbers else nothing)
+        return part.start + view.decode(Tokens(nodes, edges))
+
+    def _write_nodes(self, kind: Nodes, x: Tensor) -> Tensor:
+        """(B, T, W)."""
+        parts = list(_parts(kind))
+        return torch.cat([self.write[key](x) for key, _ in parts], -1) if parts else x[..., :0]
 
 
-class Nothing(nn.Module):
-    """Nodes without numbers of their own."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(*x.shape[:-1], self.width)
-
-
-def _reader(kind: Nodes, width: int) -> nn.Module:
+def _parts(kind: Nodes) -> Iterator[tuple[str, int]]:
+    """Names of the layers that read and write the numbers of a kind, and how many each serves."""
     tokens, numbers = kind.places.shape
-    if numbers == 0:
-        return Nothing(width)
-    return OwnLinear(tokens, 2 * numbers, width) if kind.ordered and tokens > 1 else nn.Linear(2 * numbers, width)
+    if kind.parts:
+        yield from ((_key(part, size), size) for part, size in kind.parts)
+    elif numbers:
+        yield _key(kind.kind, tokens, numbers), numbers
 
 
-def _writer(kind: Nodes, width: int) -> nn.Module:
-    tokens, numbers = kind.places.shape
-    if numbers == 0:
-        return Nothing(0)
-    if kind.ordered and tokens > 1:
-        own = OwnLinear(tokens, width, numbers)
-        nn.init.zeros_(own.weight)
-        return own
-    return _zeros(nn.Linear(width, numbers))
-
-
-def _places(kind: Nodes, width: int, *, positions: bool) -> nn.Parameter:
-    """One vector per node that is itself; one for all of a kind whose nodes are interchangeable."""
-    tokens, numbers = kind.places.shape
-    own = kind.ordered or positions
-    spread = 0.02 if numbers else 1.0  # without numbers it is all that edges have to go by
-    return nn.Parameter(torch.randn(tokens if own else 1, width) * spread)
+def _key(*parts: object) -> str:
+    """A name for a module: those may hold no dots."""
+    return "_".join(str(part) for part in parts).replace(".", "-")
 
 
 def _zeros(layer: nn.Linear) -> nn.Linear:

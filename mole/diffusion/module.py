@@ -4,7 +4,7 @@ Dimensions: B pairs, P parameters, I images, C classes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mole.config import TrainConfig
 from mole.diffusion.codec import Codec
-from mole.diffusion.denoiser import Denoiser
+from mole.diffusion.denoiser import Denoiser, Networks
 from mole.diffusion.pairs import Batch
 from mole.tasks import Classification
 
@@ -29,32 +29,48 @@ class DenoiserTraining(L.LightningModule):
     """
 
     def __init__(
-        self, denoiser: Denoiser, codec: Codec, task: Classification, config: TrainConfig, *, seed: int
+        self,
+        denoiser: Denoiser,
+        codecs: Sequence[Codec],
+        tasks: Sequence[Classification],
+        config: TrainConfig,
+        *,
+        seed: int,
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.average = AveragedModel(denoiser, avg_fn=_average(config.ema_decay))
-        self.task, self.config, self.seed = task, config, seed
-        self.codec = codec
+        self.tasks, self.codecs, self.config, self.seed = tasks, codecs, config, seed
 
-    def training_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
-        predicted = self.denoiser(batch.noised, batch.start, batch.level, batch.conditions)  # (B, P)
-        weight_error = F.mse_loss(predicted, batch.clean)
-        divergence = self._divergence(predicted, batch.clean)
+    def training_step(self, batch: list[Batch], batch_index: int) -> dict[str, Tensor]:
+        networks = [
+            Networks(self.codecs[part.layout].view, part.noised, part.start, part.level, part.conditions)
+            for part in batch
+        ]
+        predicted = self.denoiser(networks)  # (B, P) per part
+        share = [len(part.level) / sum(len(other.level) for other in batch) for part in batch]
+        errors = [F.mse_loss(found, part.clean) for found, part in zip(predicted, batch, strict=True)]
+        weight_error = sum((s * e for s, e in zip(share, errors, strict=True)), torch.zeros_like(errors[0]))
+        divergence = torch.zeros_like(weight_error)
+        if self.config.function_weight:
+            for weight, found, part in zip(share, predicted, batch, strict=True):
+                divergence = divergence + weight * self._divergence(found, part)
         loss = weight_error + self.config.function_weight * divergence
         return {"loss": loss, "weight_error": weight_error.detach(), "divergence": divergence.detach()}
 
-    def _divergence(self, predicted: Tensor, clean: Tensor) -> Tensor:
-        if self.config.function_weight == 0:
-            return predicted.new_zeros(())
-        train = self.task.train
+    def _divergence(self, predicted: Tensor, part: Batch) -> Tensor:
+        task, codec = self.tasks[part.layout], self.codecs[part.layout]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step)
-        index = torch.randint(len(train), (self.config.function_images,), generator=generator)
-        images = train.images[index.to(train.images.device)]  # (I, D)
+        index = torch.randint(len(task.train), (self.config.function_images,), generator=generator)
+        images = task.train.images[index.to(task.device)]  # (I, D)
+        own, there = task.config.subtasks.differ, 1.0
+        if own:  # as each run sees them, (B, I, D); images of labels that a run has never seen do not count
+            images, labels = task.shown(images, task.train.labels[index.to(task.device)], part.seeds)
+            there = (labels >= 0) / (labels >= 0).float().mean(1, keepdim=True).clamp_min(1e-6)
         with torch.no_grad():
-            wanted = self.task.logits(self.codec.restore(clean), images).log_softmax(-1)  # (B, I, C)
-        found = self.task.logits(self.codec.restore(predicted), images).log_softmax(-1)  # (B, I, C)
-        return F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
+            wanted = task.logits(codec.restore(part.clean), images, own=own).log_softmax(-1)  # (B, I, C)
+        found = task.logits(codec.restore(predicted), images, own=own).log_softmax(-1)  # (B, I, C)
+        return (F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1) * there).mean()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -1,52 +1,60 @@
-"""Training pairs: a start and a later state of the same run, noised.
+"""Training pairs: a start and a later state of the same run, noised, with what is known of both.
 
-Dimensions: P parameters, B pairs.
+Dimensions: P parameters, B pairs, n checkpoints.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from mole.checkpoints import Zoo
+from mole.checkpoints.layouts import variants
 from mole.checkpoints.stream import Reservoir
-from mole.config import TrainConfig
+from mole.config import GeneratorConfig, TrainConfig
 from mole.diffusion.codec import Codec
-from mole.diffusion.conditions import Conditions
+from mole.diffusion.conditions import CODES, Conditions
 from mole.diffusion.process import noise_level, noise_schedule
 from mole.files import value_digest
-from mole.representations import WeightSpec
 from mole.representations.handling import Augmentation, Canonical, Elements
+from mole.tasks import Classification
+
+
+class Pairs(NamedTuple):
+    """Starts and later states of the same runs, as they are: weights (B, P)."""
+
+    start: Tensor
+    clean: Tensor
+    known: dict[str, Tensor]
+    """Condition to what is known of it, (B,)."""
+    seeds: list[int]
+    """Of the runs."""
 
 
 class Batch(NamedTuple):
-    """Pairs for one step; weights are normalised, (B, P)."""
+    """Pairs of one layout for one step; weights are normalised, (B, P)."""
 
+    layout: int
+    """Which one of the source's."""
     noised: Tensor
     start: Tensor
     clean: Tensor
     level: Tensor
     conditions: Conditions
-
-
-class Pairs(NamedTuple):
-    """Starts and later states of the same runs; weights (B, P) as they are, losses (B,)."""
-
-    start: Tensor
-    clean: Tensor
-    start_loss: Tensor
-    target_loss: Tensor
+    seeds: list[int]
 
 
 class PairSource(Protocol):
     """Where pairs come from: a zoo, or populations that are still training."""
 
-    @property
-    def spec(self) -> WeightSpec:
-        """Layout of the networks."""
-        ...
+    tasks: list[Classification]
+    """Of every layout, the whole task with networks of that layout; the first is the configuration's own, if it is
+    there."""
 
     @property
     def digest(self) -> str:
@@ -54,12 +62,12 @@ class PairSource(Protocol):
         ...
 
     @property
-    def losses(self) -> tuple[float, float]:
-        """Lowest and highest loss so far."""
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Lowest and highest value of every metric so far."""
         ...
 
-    def chunks(self) -> Iterable[Tensor]:
-        """Weights in parts (n, P), for their scale."""
+    def chunks(self, layout: int) -> Iterable[Tensor]:
+        """Weights of a layout in parts (n, P), for their scale."""
         ...
 
     def best(self) -> Tensor:
@@ -78,25 +86,87 @@ class PairSource(Protocol):
         """Where a training that is resumed goes on: plain values."""
         ...
 
-    def pairs(self, config: TrainConfig, generator: torch.Generator) -> Pairs:
-        """As many pairs as a batch has, drawn with this generator."""
+    def pairs(self, config: TrainConfig, generator: torch.Generator) -> list[tuple[int, Pairs]]:
+        """As many pairs as a batch has, drawn with this generator, by layout."""
         ...
+
+
+@dataclass(frozen=True)
+class ZooPart:
+    """The networks of one layout in a zoo."""
+
+    zoo: Zoo
+    task: Classification
+    names: Sequence[str]
+    """Conditions of the generator."""
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Checkpoints per run."""
+        return self.zoo.bounds.diff()
+
+    @cached_property
+    def seeds(self) -> np.ndarray:
+        return self.zoo.column("seed") if "seed" in self.zoo.columns else np.zeros(len(self.zoo), np.int64)
+
+    @cached_property
+    def values(self) -> dict[str, Tensor]:
+        """Columns of the index that conditions need: (n,)."""
+        bare = {name.removeprefix("start_").removeprefix("target_") for name in self.names}
+        found: dict[str, Tensor] = {"steps": torch.from_numpy(self.zoo.column("step").astype(np.float32))}
+        for name in bare - {"steps"}:
+            if name in self.zoo.columns:
+                column = self.zoo.column(name)
+                codes = [float(CODES[name].index(v)) for v in column] if name in CODES else column.astype(np.float32)
+                found[name] = torch.as_tensor(codes, dtype=torch.float32)
+            elif hasattr(self.task.config, name):
+                found[name] = recipe_value(self.task.config, name).expand(len(self.zoo))
+        return found
+
+    def known(self, start: Tensor, clean: Tensor) -> dict[str, Tensor]:
+        """What conditions say of pairs of checkpoints (B,)."""
+        return known_of(self.names, {k: v[start] for k, v in self.values.items()},
+                        {k: v[clean] for k, v in self.values.items()})  # fmt: skip
+
+
+def recipe_value(config: Any, name: str) -> Tensor:
+    """A key of the recipe as a number."""
+    value = getattr(config, name)
+    return torch.tensor(float(CODES[name].index(value) if name in CODES else value))
+
+
+def known_of(names: Sequence[str], start: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Conditions by their names, from what is known of starts and of later states."""
+    found = {}
+    for name in names:
+        bare = name.removeprefix("start_").removeprefix("target_")
+        if name == "steps":
+            found[name] = clean["steps"] - start["steps"]
+        elif bare in clean:
+            found[name] = (start if name.startswith("start_") else clean)[bare]
+    return found
 
 
 class ZooPairs:
     """Pairs from a zoo; its weights stay where they are."""
 
-    def __init__(self, zoo: Zoo) -> None:
-        self.zoo, self.spec, self.digest = zoo, zoo.spec, zoo.digest
-        self.counts = zoo.bounds.diff()
-        self.losses = (float(zoo.loss.min()), float(zoo.loss.max()))
+    def __init__(self, zoo: Zoo, task: Classification, config: GeneratorConfig) -> None:
+        self.zoo, self.digest = zoo, zoo.digest
+        self.parts = [ZooPart(part, variant, config.conditions) for part, variant in variants(zoo, task)]
+        self.tasks = [part.task for part in self.parts]
+        self.runs = torch.tensor([float(part.zoo.runs) for part in self.parts])
         self.elements: Elements | None = None
+        names = {n.partition("_")[2] for n in config.conditions if n.startswith(("start_", "target_"))} | {"loss"}
+        values = {name: zoo.loss if name == zoo.metric else torch.from_numpy(zoo.column(name)) for name in names
+                  if name == zoo.metric or name in zoo.columns}  # fmt: skip
+        self.ranges = {name: (float(found.min()), float(found.max())) for name, found in values.items()}
 
-    def chunks(self) -> Iterable[Tensor]:
-        low, runs = 0, torch.repeat_interleave(self.counts)
-        for part in self.zoo.chunks():
-            yield self._acted(part, runs[low : low + len(part)])
-            low += len(part)
+    def chunks(self, layout: int) -> Iterable[Tensor]:
+        part = self.parts[layout]
+        low, runs = 0, torch.repeat_interleave(part.counts)
+        for weights in part.zoo.chunks():
+            yield self._acted(weights, runs[low : low + len(weights)])
+            low += len(weights)
 
     def _acted(self, weights: Tensor, runs: Tensor) -> Tensor:
         return weights if self.elements is None else self.elements[runs].act(weights)
@@ -113,29 +183,36 @@ class ZooPairs:
     def state(self) -> dict[str, Any]:
         return {}
 
-    def pairs(self, config: TrainConfig, generator: torch.Generator) -> Pairs:
-        run = torch.randint(len(self.counts), (config.batch_size,), generator=generator)
-        first, second = choose_states(self.counts[run], config, generator)
-        start, clean = self.zoo.bounds[run] + first, self.zoo.bounds[run] + second
-        weights = self._acted(self.zoo.read(torch.cat([start, clean])), run.repeat(2))
-        return Pairs(weights[: len(run)], weights[len(run) :], self.zoo.loss[start], self.zoo.loss[clean])
+    def pairs(self, config: TrainConfig, generator: torch.Generator) -> list[tuple[int, Pairs]]:
+        count = min(config.layouts, len(self.parts), config.batch_size)
+        chosen = [0] if len(self.parts) == 1 else torch.multinomial(self.runs, count, generator=generator).tolist()
+        return [(which, self._pairs(self.parts[which], config.batch_size // count, config, generator))
+                for which in chosen]  # fmt: skip
+
+    def _pairs(self, part: ZooPart, size: int, config: TrainConfig, generator: torch.Generator) -> Pairs:
+        run = torch.randint(len(part.counts), (size,), generator=generator)
+        first, second = choose_states(part.counts[run], config, generator)
+        start, clean = part.zoo.bounds[run] + first, part.zoo.bounds[run] + second
+        weights = self._acted(part.zoo.read(torch.cat([start, clean])), run.repeat(2))
+        seeds = part.seeds[start.numpy()].tolist()
+        return Pairs(weights[:size], weights[size:], part.known(start, clean), seeds)
 
 
 class StreamPairs:
     """Pairs from populations in transit; which ones depends on how fast they train."""
 
-    def __init__(self, reservoir: Reservoir) -> None:
-        self.reservoir, self.spec = reservoir, reservoir.task.spec
+    def __init__(self, reservoir: Reservoir, task: Classification, config: GeneratorConfig) -> None:
+        self.reservoir, self.tasks, self.names = reservoir, [task], config.conditions
 
     @property
     def digest(self) -> str:
         return value_digest(self.reservoir.flow.digests)
 
     @property
-    def losses(self) -> tuple[float, float]:
-        return self.reservoir.flow.low, self.reservoir.flow.high
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        return {"loss": (self.reservoir.flow.low, self.reservoir.flow.high)}
 
-    def chunks(self) -> Iterable[Tensor]:
+    def chunks(self, layout: int) -> Iterable[Tensor]:
         return [run.weights for run in self.reservoir.runs]
 
     def best(self) -> Tensor:
@@ -151,15 +228,26 @@ class StreamPairs:
     def state(self) -> dict[str, Any]:
         return self.reservoir.state()
 
-    def pairs(self, config: TrainConfig, generator: torch.Generator) -> Pairs:
-        rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        while len(rows) < config.batch_size:
-            runs = self.reservoir.choose(generator, config.batch_size - len(rows))
+    def pairs(self, config: TrainConfig, generator: torch.Generator) -> list[tuple[int, Pairs]]:
+        weights: list[tuple[Tensor, Tensor]] = []
+        starts, cleans, seeds = list[dict[str, float]](), list[dict[str, float]](), list[int]()
+        while len(weights) < config.batch_size:
+            runs = self.reservoir.choose(generator, config.batch_size - len(weights))
             states = choose_states(torch.tensor([len(run.uses) for run in runs]), config, generator)
             for run, first, second in zip(runs, *(part.tolist() for part in states), strict=True):
                 if self.reservoir.use(run, first, second):
-                    rows.append((run.weights[first], run.weights[second], run.loss[first], run.loss[second]))
-        return Pairs(*(torch.stack(part) for part in zip(*rows, strict=True)))
+                    weights.append((run.weights[first], run.weights[second]))
+                    starts.append({name: float(values[first]) for name, values in run.values.items()})
+                    cleans.append({name: float(values[second]) for name, values in run.values.items()})
+                    seeds.append(run.seed)
+        start, clean = ({name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+                        for rows in (starts, cleans))  # fmt: skip
+        for name in CODES.keys() | {"learning_rate", "batch_size"}:
+            if name not in start:
+                value = recipe_value(self.tasks[0].config, name).expand(len(weights))
+                start, clean = {**start, name: value}, {**clean, name: value}
+        first, second = (torch.stack(part) for part in zip(*weights, strict=True))
+        return [(0, Pairs(first, second, known_of(self.names, start, clean), seeds))]
 
 
 def choose_states(counts: Tensor, config: TrainConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -178,43 +266,70 @@ def choose_states(counts: Tensor, config: TrainConfig, generator: torch.Generato
     return torch.where(from_start, 0, first), second
 
 
-class PairBatches(IterableDataset[Batch]):
-    """The batches of a training, from `first_step` to its end.
+class PairBatches(IterableDataset[list[Batch]]):
+    """The batches of a training, from `first_step` to its end: one part per layout of networks.
 
     From a zoo, a batch depends on the seed and its step alone, so a resumed training sees what it would have seen.
     """
 
     def __init__(
-        self, source: PairSource, codec: Codec, config: TrainConfig, *, seed: int, first_step: int = 0
+        self, source: PairSource, codecs: Sequence[Codec], config: TrainConfig, *, seed: int, first_step: int = 0
     ) -> None:
         super().__init__()
-        self.source, self.codec = source, codec
-        augmented = codec.config.symmetry == "augment"
-        self.augmentation = Augmentation(codec.spec, seed=seed) if augmented else None
+        self.source, self.codecs = source, codecs
+        augmented = codecs[0].config.symmetry == "augment"
+        self.augmentations = [Augmentation(codec.spec, seed=seed) for codec in codecs] if augmented else None
         self.config, self.seed, self.first_step = config, seed, first_step
         self.schedule = noise_schedule()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[list[Batch]]:
         for step in range(self.first_step, self.config.steps):
             yield self.batch(step)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> list[Batch]:
         """The pairs of one step; noise levels are uniform, and a share is pure noise."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        size = self.config.batch_size
-        pairs = self.source.pairs(self.config, generator)
+        return [self._noised(*part, generator) for part in self.source.pairs(self.config, generator)]
+
+    def _noised(self, layout: int, pairs: Pairs, generator: torch.Generator) -> Batch:
+        config, codec, size = self.config, self.codecs[layout], len(pairs.start)
         last = self.schedule.config["num_train_timesteps"] - 1
         timestep = torch.randint(last + 1, (size,), generator=generator)
-        pure = torch.rand(size, generator=generator) < self.config.one_pass_fraction
+        pure = torch.rand(size, generator=generator) < config.one_pass_fraction
         timestep = torch.where(pure, last, timestep)
         plain = pairs.start, pairs.clean
-        if self.augmentation is not None:
-            elements = self.augmentation.draw(size, generator)  # the same for a start and its target
+        if self.augmentations is not None:
+            elements = self.augmentations[layout].draw(size, generator)  # the same for a start and its target
             plain = elements.act(pairs.start), elements.act(pairs.clean)
+        conditions = self._conditions(layout, plain[0], pairs, generator)
         with torch.no_grad():
-            device = self.codec.scale.device  # noise is drawn on the CPU, wherever the codec lies
-            start, clean = (self.codec.normalise(weights.to(device)).cpu() for weights in plain)
+            device = codec.scale.device  # noise is drawn on the CPU, wherever the codec lies
+            start, clean = (codec.normalise(weights.to(device)).cpu() for weights in plain)
+        start = start * conditions.started[:, None]
         noise = torch.randn(clean.shape, generator=generator)
         noised = self.schedule.add_noise(clean, noise, cast(torch.IntTensor, timestep))
-        conditions = Conditions(pairs.start_loss, pairs.target_loss)
-        return Batch(noised, start, clean, noise_level(self.schedule, timestep), conditions)
+        level = noise_level(self.schedule, timestep)
+        return Batch(layout, noised, start, clean, level, conditions, pairs.seeds)
+
+    def _conditions(self, layout: int, start: Tensor, pairs: Pairs, generator: torch.Generator) -> Conditions:
+        """What is known of the pairs, with parts of it left out at random."""
+        config, codec, task = self.config, self.codecs[layout], self.source.tasks[layout]
+        names, size = codec.config.conditions, len(start)
+        found = Conditions.of(names, size, pairs.known)
+        if codec.config.data:
+            support = task.support(pairs.seeds, config.support_images, generator)
+            found = with_data(found, codec, task, start, *support)
+        forgotten = torch.rand(size, len(names), generator=generator) < config.drop_fraction
+        unstarted = torch.rand(size, generator=generator) < config.drop_start_fraction
+        forgotten |= unstarted[:, None] & torch.tensor([name.startswith("start_") for name in names])
+        untold = torch.rand(size, generator=generator) < config.drop_fraction
+        return found.without(forgotten, started=unstarted, data=untold)
+
+
+def with_data(
+    conditions: Conditions, codec: Codec, task: Classification, start: Tensor, images: Tensor, labels: Tensor
+) -> Conditions:
+    """Conditions with support sets (B, K, M), (B, K), and the gradients of the starts (B, P) on them."""
+    gradient = task.gradient(start.to(images.device), images, labels).cpu() * codec.scale.cpu()
+    size = gradient.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+    return replace(conditions, images=images.cpu(), labels=labels.cpu(), gradient=gradient / size)

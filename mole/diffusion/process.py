@@ -10,10 +10,8 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
-from mole.diffusion.conditions import Conditions
-
-Denoise = Callable[[Tensor, Tensor, Tensor, Conditions], Tensor]
-"""(noised, start, level, conditions) -> clean weights, all normalised."""
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""(noised (B, P), level (B,)) -> clean weights (B, P), normalised."""
 
 
 class Drawn(NamedTuple):
@@ -41,14 +39,12 @@ def noise_level(schedule: DDIMScheduler, timestep: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reverse(denoise: Denoise, noise: Tensor, start: Tensor, conditions: Conditions, evaluations: int) -> Drawn:
+def reverse(denoise: Denoise, noise: Tensor, evaluations: int) -> Drawn:
     """Draw clean weights (B, P) from noise (B, P) by DDIM (Song et al. 2021, eta 0).
 
     Args:
         denoise: the denoiser.
         noise: standard normal.
-        start: normalised weights of the start networks, (B, P).
-        conditions: each (B,).
         evaluations: calls of `denoise`; one is enough.
     """
     calls = 0
@@ -57,7 +53,7 @@ def reverse(denoise: Denoise, noise: Tensor, start: Tensor, conditions: Conditio
     sample = noise
     for timestep in schedule.timesteps:
         level = noise_level(schedule, timestep).to(noise).expand(len(noise))
-        clean = denoise(sample, start, level, conditions)
+        clean = denoise(sample, level)
         calls += 1
         sample = schedule.step(clean, int(timestep), sample, return_dict=False)[0]
     return Drawn(sample, calls)

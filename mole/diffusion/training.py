@@ -14,10 +14,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from mole.checkpoints import Zoo
+from mole.checkpoints.layouts import own_part
 from mole.config import Config
+from mole.diffusion.card import FORMAT, Card
 from mole.diffusion.codec import Codec
 from mole.diffusion.denoiser import Denoiser
-from mole.diffusion.generator import FORMAT, Card, Generator
+from mole.diffusion.generator import Generator, Request
 from mole.diffusion.module import DenoiserTraining
 from mole.diffusion.pairs import PairBatches, PairSource
 from mole.errors import MoleError
@@ -25,6 +27,7 @@ from mole.files import remove, replacing
 from mole.reporting import Advance
 from mole.representations import EntryScale
 from mole.representations.handling import Canonical
+from mole.representations.structure import word
 from mole.seeding import Seeded
 from mole.tasks import Classification
 
@@ -77,21 +80,22 @@ def train_generator(
     on_resume(resumed.step)
     source = data.source(resumed.source)
     codec = make_codec(config, source, resumed.codec).to(device)
-    view = codec.view()
+    codecs = [codec.of(task.spec) for task in source.tasks]
     with Seeded(config.seed):
-        denoiser = Denoiser(view, config.generator)
-    module = DenoiserTraining(denoiser, codec, data.task, config.train, seed=config.seed)
+        numbers = data.task.train.images[0].numel()
+        denoiser = Denoiser([c.view for c in codecs], config.generator, numbers=numbers)
+    module = DenoiserTraining(denoiser, codecs, source.tasks, config.train, seed=config.seed)
 
     def card() -> Card:
         """What is known of the generator now; the losses and the digest of a stream grow."""
         return Card(
-            format=FORMAT, denoiser=config.generator, task=config.task, architecture=data.task.architecture,
-            spec=codec.spec.to_json(), scales=codec.stds, prompt_range=source.losses, zoo=source.digest,
-            train_steps=config.train.steps, seed=config.seed,
+            format=FORMAT, denoiser=config.generator, task=source.tasks[0].config,
+            architectures=[task.architecture for task in source.tasks], scales=codec.stds, ranges=source.ranges,
+            examples=numbers, zoo=source.digest, train_steps=config.train.steps, seed=config.seed,
         )  # fmt: skip
 
     progress(resumed.step)
-    batches = PairBatches(source, codec, config.train, seed=config.seed, first_step=resumed.step)
+    batches = PairBatches(source, codecs, config.train, seed=config.seed, first_step=resumed.step)
     kept = _State(state, identity, resumed.seconds, codec, source)
     watch = _Watch(config, data, card, kept, device, progress, log)
     _quiet()
@@ -101,7 +105,7 @@ def train_generator(
         _trainer(config, device, watch).fit(module, loader, ckpt_path=resume, weights_only=True)
     except SystemExit:  # Lightning turns Ctrl-C into an exit
         raise KeyboardInterrupt from None
-    return Generator(_averaged(module, device), codec, card(), device, data.task), watch.seconds, resumed.seconds
+    return Generator(_averaged(module, device), codec, card(), device, source.tasks[0]), watch.seconds, resumed.seconds
 
 
 def make_codec(config: Config, source: PairSource, known: dict[str, Any] | None = None) -> Codec:
@@ -110,23 +114,34 @@ def make_codec(config: Config, source: PairSource, known: dict[str, Any] | None 
     From here on the source gives runs in canonical form, if that is asked for.
     """
     tensors = known["tensors"] if known else {}
-    reference = tensors.get("reference")
+    reference, spec = tensors.get("reference"), source.tasks[0].spec
     if config.generator.symmetry == "canonical":
+        if len(source.tasks) > 1:
+            raise MoleError("generator.symmetry canonical serves one layout only; legal for several: equivariant")
         reference = source.best() if reference is None else reference
-        canonical = Canonical(source.spec, reference)
-        source.canonicalise(canonical)
-    stds = known["stds"] if known else EntryScale.fit(source.spec, source.chunks()).stds(source.spec)
-    codec = Codec(source.spec, config.generator, stds, reference)
+        source.canonicalise(Canonical(spec, reference))
+    codec = Codec(spec, config.generator, known["stds"] if known else fit_scales(source), reference)
     if known:
         codec.load_state_dict(tensors)
         return codec
 
     def draw(generator: torch.Generator) -> torch.Tensor:
-        pairs = source.pairs(config.train, generator)
+        ((_, pairs),) = source.pairs(config.train, generator)
         return torch.cat([pairs.start, pairs.clean])
 
     codec.fit(draw, config.seed)
     return codec
+
+
+def fit_scales(source: PairSource) -> dict[str, float]:
+    """Standard deviation of every tensor over the networks, pooled over all that have the same word."""
+    found: dict[str, list[tuple[float, int]]] = {}
+    for layout, task in enumerate(source.tasks):
+        stds = EntryScale.fit(task.spec, source.chunks(layout)).stds(task.spec)
+        for entry, std in zip(task.spec.entries, stds, strict=True):
+            found.setdefault(word(entry), []).append((std, entry.size))
+    return {name: math.sqrt(sum(std**2 * size for std, size in parts) / sum(size for _, size in parts))
+            for name, parts in found.items()}  # fmt: skip
 
 
 def _trainer(config: Config, device: torch.device, watch: L.Callback) -> L.Trainer:
@@ -262,11 +277,17 @@ class _Watch(L.Callback):
 
     def _validate(self, step: int, module: DenoiserTraining) -> None:
         """One pass from the first states of held-out runs, judged on prompt images."""
-        card = self.card()
-        generator = Generator(_averaged(module, self.device), self.state.codec, card, self.device, self.data.task)
-        starts = self.data.heldout.read(self.data.heldout.first)
-        drawn = generator.draw(starts, torch.full((len(starts),), card.prompt_range[0])).flat
-        found = self.data.task.measure(drawn.to(self.device), "prompt")
+        card, task = self.card(), self.state.source.tasks[0]
+        generator = Generator(_averaged(module, self.device), self.state.codec, card, self.device, task)
+        heldout = own_part(self.data.heldout, task)
+        seeds = heldout.column("seed")[heldout.first.numpy()].tolist()
+        starts = heldout.read(heldout.first)
+        support = task.support(seeds, self.config.train.support_images, torch.Generator().manual_seed(0))
+        request = Request(
+            starts, {"target_loss": card.ranges["loss"][0]}, support=support if card.denoiser.data else None
+        )
+        drawn = generator.draw(request).flat
+        found = task.measure(drawn.to(self.device), "prompt", seeds)
         self.report(
             step,
             {

@@ -1,4 +1,4 @@
-"""The three figures of a run, drawn from what the report holds and from nothing else."""
+"""The figures of a run, drawn from what the report holds and from nothing else."""
 
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,21 @@ from mole.files import replacing
 COLOURS = {
     "generated": "#0072B2", "training": "#000000", "adam": "#D55E00", "sgd": "#E69F00",
     "mean_of_16_aligned": "#009E73", "noise": "#CC79A7", "nearest_prompt_retrieval": "#56B4E9", "start": "#999999",
+    "gaussian": "#F0E442", "pca_gaussian": "#8C564B",
 }  # fmt: skip
-MARKERS = {"mean_of_16_aligned": "s", "noise": "^", "nearest_prompt_retrieval": "D", "start": "v", "training": "x"}
+MARKERS = {"mean_of_16_aligned": "s", "noise": "^", "nearest_prompt_retrieval": "D", "start": "v", "training": "x",
+           "gaussian": "P", "pca_gaussian": "X"}  # fmt: skip
 OPTIMISERS = {"adam": "Adam", "sgd": "SGD, Nesterov momentum"}
 LABELS = {
     "generated": "generated, one pass", "training": "training networks", "mean_of_16_aligned": "mean of 16 aligned",
     "noise": "training + noise", "nearest_prompt_retrieval": "nearest-prompt retrieval", "start": "start networks",
+    "gaussian": "Gaussian per weight", "pca_gaussian": "Gaussian, principal components",
 }  # fmt: skip
 
 
 def draw_figures(folder: Path, report: dict[str, Any]) -> list[Path]:
-    """Write `alignment.png`, `optimisers.png` and `novelty.png`; returns their paths."""
-    figures = {"alignment": _alignment, "optimisers": _optimisers, "novelty": _novelty}
+    """Write `alignment.png`, `optimisers.png`, `novelty.png` and `fine_tuning.png`; returns their paths."""
+    figures = {"alignment": _alignment, "optimisers": _optimisers, "novelty": _novelty, "fine_tuning": _fine_tuning}
     paths = []
     for name, draw in figures.items():
         figure = Figure(figsize=(6.4, 4.8), layout="constrained")
@@ -78,3 +81,13 @@ def _novelty(axes: Axes, report: dict[str, Any]) -> None:
     axes.set(xlabel="distance to the nearest training network, modulo permutation", ylabel="test accuracy")
     axes.set_title("Accuracy against novelty", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="best")
+
+
+def _fine_tuning(axes: Axes, report: dict[str, Any]) -> None:
+    for curve in report["fine_tuning"]:
+        name = curve["origin"]
+        label = f"{LABELS[name]}, learning rate {curve['learning_rate']:g}"
+        axes.plot(curve["steps"], np.array(curve["accuracy"], dtype=float), color=COLOURS[name], label=label)
+    axes.set(xlabel="Adam steps", ylabel="mean test accuracy")
+    axes.set_title("Fine-tuning from generated networks, starts and the best null model", fontsize=10)
+    axes.legend(frameon=False, loc="lower right")

@@ -4,7 +4,7 @@ Dimensions: S starts, Q prompts, M training runs, P parameters.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -15,20 +15,27 @@ from torch import Tensor
 from mole.checkpoints import Zoo
 from mole.config import EvaluateConfig
 from mole.evaluation.alignment import alignment, prompts
-from mole.evaluation.novelty import PermutationDistance, dispersion, max_wrong_iou
+from mole.evaluation.novelty import PermutationDistance, dispersion, max_wrong_iou, ratio
 from mole.evaluation.nulls import null_models
 from mole.evaluation.optimisers import best_curve, steps_to_match
+from mole.evaluation.transfer import (
+    Draw,
+    conditional_dispersion,
+    fine_tuning,
+    recursive_passes,
+    unseen_architectures,
+    unseen_initialisations,
+)
 from mole.tasks import Classification
-
-Draw = Callable[[Tensor, Tensor, int], tuple[Tensor, int]]
-"""(starts (N, P), target losses (N,), evaluations wanted) -> weights (N, P), evaluations made per network."""
 
 Tick = Callable[[], None]
 """Called after each part; there are `PARTS` of them."""
 
-PARTS = 6
+PARTS = 7
 REFERENCES = 64
 """Training networks whose leave-one-out distances stand for all."""
+MOST = 4096
+"""Training networks that distances are measured to, at most."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +44,32 @@ class Exhibits:
 
     task: Classification
     training: Zoo
+    """Runs of the task's own networks that the generator has learned from."""
     heldout: Zoo
+    """Runs of such networks that it has not."""
     draw: Draw
     config: EvaluateConfig
     seed: int
+    widths: frozenset[int] = frozenset()
+    """Of the networks that the generator has learned from."""
 
     @property
+    def first(self) -> Tensor:
+        """(S,), where the first states of held-out runs are."""
+        return self.heldout.first[: self.config.starts]
+
+    @cached_property
     def starts(self) -> Tensor:
-        """First states (S, P) of held-out runs."""
-        return self.heldout.read(self.heldout.first[: self.config.starts])
+        """(S, P)."""
+        return self.heldout.read(self.first)
+
+    @cached_property
+    def seeds(self) -> list[int] | None:
+        """Of the held-out runs, where they decide their sub-tasks."""
+        return self._seeds(self.heldout, self.first)
+
+    def _seeds(self, zoo: Zoo, which: Tensor) -> list[int] | None:
+        return zoo.column("seed")[which.numpy()].tolist() if self.task.config.subtasks.differ else None
 
     @property
     def best(self) -> float:
@@ -57,25 +81,67 @@ class Exhibits:
         """Last states (M, P) of training runs."""
         return self.training.read(self.training.last)
 
-    def generate(self, starts: Tensor, evaluations: int = 1) -> tuple[Tensor, int]:
-        """Networks prompted for the best loss."""
-        return self.draw(starts, torch.full((len(starts),), self.best), evaluations)
+    @cached_property
+    def distance(self) -> PermutationDistance:
+        return PermutationDistance(self.training.spec, self.final[0])
+
+    def wanted(self, starts: Tensor) -> Tensor:
+        """The best loss for each of the starts."""
+        return torch.full((len(starts),), self.best)
+
+    @cached_property
+    def generated(self) -> tuple[Tensor, int]:
+        """One pass from the starts: weights (S, P), evaluations per network."""
+        return self.draw(self.starts, self.wanted(self.starts), seeds=self.seeds)
 
     def accuracy(self, flat: Tensor) -> Tensor:
-        """Test accuracies of networks (N, P): (N,)."""
-        return self.task.measure(flat, "test")["accuracy"]
+        """Test accuracies (S,) of one network per start (S, P), or of any number where there are no sub-tasks."""
+        return self.task.measure(flat, "test", self.seeds)["accuracy"]
+
+    def mean_accuracy(self, flat: Tensor) -> float:
+        return float(self.accuracy(flat).mean())
+
+    @cached_property
+    def trained_accuracy(self) -> float:
+        """Of training runs at their end, each on its own sub-task if there are such."""
+        which = self.training.last
+        return float(self.task.measure(self.final, "test", self._seeds(self.training, which))["accuracy"].mean())
+
+    @cached_property
+    def retrieved(self) -> Tensor:
+        """(S, P): the zoo's checkpoints with the loss nearest to the prompt; where there are sub-tasks, for each start
+        the training network that does best on the labelled examples that the generator is given."""
+        return self.nearest(1)[:, 0]
+
+    def nearest(self, count: int) -> Tensor:
+        """(S, count, P): the best training networks for each start's sub-task, judged by its labelled examples."""
+        if self.seeds is None:
+            order = (self.training.loss - self.best).abs().argsort()[: len(self.starts)]
+            return self.training.read(order)[:, None]
+        images, labels = examples(self.task, self.seeds, self.config.support_images, self.seed)
+        rows = []
+        for image, label in zip(images, labels, strict=True):
+            losses = torch.cat([self.task.losses(part, image, label) for part in self.final.split(512)])
+            rows.append(self.final[losses.argsort()[:count]])
+        return torch.stack(rows)
+
+
+def examples(task: Classification, seeds: Sequence[int], count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Labelled training examples of the sub-tasks of these runs, always the same ones: (S, count, M), (S, count)."""
+    return task.support(seeds, count, torch.Generator().manual_seed(seed))
 
 
 def judge(exhibits: Exhibits, tick: Tick) -> dict[str, Any]:
     """Everything that the evaluation adds to the report, the data of the figures included."""
     began = time.perf_counter()
-    generated, evaluations = exhibits.generate(exhibits.starts)
+    generated, evaluations = exhibits.generated
     seconds = (time.perf_counter() - began) / len(generated)
-    one_pass, optimiser_curves = _one_pass(exhibits, generated, tick)
+    one_pass, optimiser_curves = _one_pass(exhibits, tick)
     one_pass |= {"network_evaluations": evaluations, "seconds_per_network": seconds}
     obedience, curve = _alignment(exhibits)
     tick()
-    novelty, nulls, points = _novelty(exhibits, generated, tick)
+    models = _null_models(exhibits)
+    novelty, nulls, points = _novelty(exhibits, models, tick)
     winners = [name for name, null in nulls.items() if null["accuracy_mean"] >= one_pass["accuracy_mean"]]
     result = {
         "one_pass": one_pass,
@@ -84,20 +150,26 @@ def judge(exhibits: Exhibits, tick: Tick) -> dict[str, Any]:
         "nulls_at_least_as_accurate": winners,
         "novelty": novelty,
         "figures": {"alignment": curve, "optimisers": optimiser_curves, "novelty": points},
+        **_transfer(exhibits, nulls, models),
     }
+    tick()
     return _finite(result)
 
 
-def _one_pass(exhibits: Exhibits, generated: Tensor, tick: Tick) -> tuple[dict[str, Any], Any]:
-    task, starts, config = exhibits.task, exhibits.starts, exhibits.config
-    found = task.measure(generated, "test")
+def _one_pass(exhibits: Exhibits, tick: Tick) -> tuple[dict[str, Any], Any]:
+    task, starts, config, seeds = exhibits.task, exhibits.starts, exhibits.config, exhibits.seeds
+    generated, _ = exhibits.generated
+    found = task.measure(generated, "test", seeds)
     accuracy = float(found["accuracy"].mean())
-    training_starts = exhibits.training.read(exhibits.training.first[: 4 * len(starts)])
-    more = {str(k): float(exhibits.accuracy(exhibits.generate(starts, k)[0]).mean()) for k in (4, 16)}
+    more = {
+        str(k): exhibits.mean_accuracy(exhibits.draw(starts, exhibits.wanted(starts), evaluations=k, seeds=seeds)[0])
+        for k in (2, 4, 8, 16)
+    }
+    again = recursive_passes(exhibits.mean_accuracy, exhibits.draw, starts, exhibits.best, seeds, config.passes)
     tick()
-    adam = best_curve(task, starts, "adam", config.adam_learning_rates, config.optimizer_steps)
+    adam = best_curve(task, starts, "adam", config.adam_learning_rates, config.optimizer_steps, seeds)
     tick()
-    sgd = best_curve(task, starts, "sgd", config.sgd_learning_rates, config.optimizer_steps)
+    sgd = best_curve(task, starts, "sgd", config.sgd_learning_rates, config.optimizer_steps, seeds)
     tick()
     report = {
         "starts": len(starts),
@@ -106,17 +178,25 @@ def _one_pass(exhibits: Exhibits, generated: Tensor, tick: Tick) -> tuple[dict[s
         "accuracy_std": float(found["accuracy"].std()) if len(starts) > 1 else 0.0,
         "accuracy_best": float(found["accuracy"].max()),
         "loss_mean": float(found["loss"].mean()),
-        "prompt_split_loss_mean": float(task.measure(generated, "prompt")["loss"].mean()),
-        "trained_accuracy_mean": float(exhibits.accuracy(exhibits.final).mean()),
-        "start_accuracy_mean": float(exhibits.accuracy(starts).mean()),
-        "training_starts_accuracy_mean": float(exhibits.accuracy(exhibits.generate(training_starts)[0]).mean()),
+        "finite_fraction": float(generated.isfinite().all(1).float().mean()),
+        "prompt_split_loss_mean": float(task.measure(generated, "prompt", seeds)["loss"].mean()),
+        "trained_accuracy_mean": exhibits.trained_accuracy,
+        "heldout_trained_accuracy_mean": exhibits.mean_accuracy(
+            exhibits.heldout.read(exhibits.heldout.last[: len(starts)])
+        ),
+        "start_accuracy_mean": exhibits.mean_accuracy(starts),
         "accuracy_mean_by_evaluations": {"1": accuracy, **more},
+        "accuracy_mean_by_passes": again,
         "adam_steps_to_match": steps_to_match(adam, accuracy),
         "adam_learning_rate": adam.learning_rate,
         "sgd_steps_to_match": steps_to_match(sgd, accuracy),
         "sgd_learning_rate": sgd.learning_rate,
         "optimizer_steps_tried": config.optimizer_steps,
     }
+    if seeds is None:
+        training_starts = exhibits.training.read(exhibits.training.first[: 4 * len(starts)])
+        drawn, _ = exhibits.draw(training_starts, exhibits.wanted(training_starts))
+        report["training_starts_accuracy_mean"] = exhibits.mean_accuracy(drawn)
     return report, [asdict(curve) for curve in (adam, sgd)]
 
 
@@ -131,55 +211,91 @@ def _finite(value: Any) -> Any:
 
 def _alignment(exhibits: Exhibits) -> tuple[dict[str, Any], dict[str, Any]]:
     """Prompts are losses on prompt images; what was achieved is measured on test images."""
-    task, starts = exhibits.task, exhibits.starts
+    task, starts, seeds = exhibits.task, exhibits.starts, exhibits.seeds
     count = exhibits.config.prompts
-    start_loss = exhibits.heldout.loss[exhibits.heldout.first[: len(starts)]]
+    start_loss = exhibits.heldout.loss[exhibits.first]
     prompted = prompts(exhibits.best, start_loss, count)  # (S, Q)
-    drawn, _ = exhibits.draw(starts.repeat_interleave(count, 0), prompted.flatten(), 1)
-    achieved = task.measure(drawn, "test")["loss"].reshape(prompted.shape)
-    achieved_prompt_split = task.measure(drawn, "prompt")["loss"].reshape(prompted.shape)
-    report = alignment(prompted, achieved, task.measure(starts, "test")["loss"])
-    same = alignment(prompted, achieved_prompt_split, task.measure(starts, "prompt")["loss"])
+    many = None if seeds is None else [seed for seed in seeds for _ in range(count)]
+    drawn, _ = exhibits.draw(starts.repeat_interleave(count, 0), prompted.flatten(), seeds=many)
+    achieved = task.measure(drawn, "test", many)["loss"].reshape(prompted.shape)
+    achieved_prompt_split = task.measure(drawn, "prompt", many)["loss"].reshape(prompted.shape)
+    standing = task.measure(starts, "test", seeds)["loss"]
+    report = alignment(prompted, achieved, standing)
+    same = alignment(prompted, achieved_prompt_split, task.measure(starts, "prompt", seeds)["loss"])
     report["r2_mean_prompt_split"] = same["r2_mean"]
     curve = {
         "prompted": prompted.mean(0).tolist(),
         "achieved_mean": achieved.mean(0).tolist(),
         "achieved_std": achieved.std(0, correction=0).tolist(),
         "zoo_range": [exhibits.best, float(exhibits.training.loss.max())],
-        "noop": float(task.measure(starts, "test")["loss"].mean()),
+        "noop": float(standing.mean()),
     }
     return report, curve
 
 
-def _novelty(exhibits: Exhibits, generated: Tensor, tick: Tick) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    training, starts, final = exhibits.training, exhibits.starts, exhibits.final
-    distance = PermutationDistance(training.spec)
+def _null_models(exhibits: Exhibits) -> dict[str, Tensor]:
+    """As many networks of each as there are starts."""
+    final, (generated, _) = exhibits.final[:MOST], exhibits.generated
+    near = exhibits.distance.nearest(generated, final)
+    return null_models(
+        exhibits.distance, exhibits.starts, final, exhibits.retrieved, noise_distance=float(near.mean()),
+        seed=exhibits.seed, groups=exhibits.nearest(16) if exhibits.seeds is not None else None,
+    )  # fmt: skip
+
+
+def _novelty(exhibits: Exhibits, models: dict[str, Tensor], tick: Tick) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    final, distance, (generated, _) = exhibits.final[:MOST], exhibits.distance, exhibits.generated
     near = distance.nearest(generated, final)
     chosen = torch.randperm(len(final), generator=torch.Generator().manual_seed(exhibits.seed))[:REFERENCES]
     leave_one_out = distance.nearest(final[chosen], final, exclude=chosen)
     tick()
-    wrong, training_wrong = _wrong(exhibits.task, generated), _wrong(exhibits.task, final)
     novelty = {
         "nearest_training_distance": float(near.mean()),
         "training_leave_one_out_distance": float(leave_one_out.mean()),
-        "ratio": float(near.mean() / leave_one_out.mean()),
-        "max_wrong_iou_mean": float(max_wrong_iou(wrong, training_wrong).mean()),
-        "training_max_wrong_iou_mean": float(
-            max_wrong_iou(training_wrong[chosen], training_wrong, exclude=chosen).mean()
-        ),
+        "ratio": ratio(float(near.mean()), float(leave_one_out.mean())),
         "dispersion": dispersion(generated, final),
+        "diversity": ratio(distance.spread(generated), distance.spread(final[chosen])),
     }
-    retrieved = training.read((training.loss - exhibits.best).abs().argsort()[: len(starts)])
-    models = null_models(distance, starts, final, retrieved, noise_distance=float(near.mean()), seed=exhibits.seed)
+    if exhibits.seeds is None:
+        wrong, others = _wrong(exhibits.task, generated), _wrong(exhibits.task, final)
+        novelty["max_wrong_iou_mean"] = float(max_wrong_iou(wrong, others).mean())
+        novelty["training_max_wrong_iou_mean"] = float(max_wrong_iou(others[chosen], others, exclude=chosen).mean())
     points = {"generated": _points(exhibits.accuracy(generated), near)}
-    points["training"] = _points(exhibits.accuracy(final[chosen]), leave_one_out)
+    if exhibits.seeds is None:
+        points["training"] = _points(exhibits.accuracy(final[chosen]), leave_one_out)
     nulls = {}
     for name, flat in models.items():
-        accuracy, far = exhibits.accuracy(flat), distance.nearest(flat, final)
-        nulls[name] = {"accuracy_mean": float(accuracy.mean()), "nearest_training_distance": float(far.mean())}
-        points[name] = _points(accuracy, far)
+        found, far = exhibits.task.measure(flat, "test", exhibits.seeds), distance.nearest(flat, final)
+        nulls[name] = {
+            "accuracy_mean": float(found["accuracy"].mean()), "loss_mean": float(found["loss"].mean()),
+            "prompt_split_loss_mean": float(exhibits.task.measure(flat, "prompt", exhibits.seeds)["loss"].mean()),
+            "nearest_training_distance": float(far.mean()),
+            "diversity": ratio(distance.spread(flat), distance.spread(final[chosen])),
+        }  # fmt: skip
+        points[name] = _points(found["accuracy"], far)
     tick()
     return novelty, nulls, points
+
+
+def _transfer(exhibits: Exhibits, nulls: dict[str, Any], models: dict[str, Tensor]) -> dict[str, Any]:
+    """Other initialisations, other widths, spread within one condition, and fine-tuning beside the best null model."""
+    task, config, draw = exhibits.task, exhibits.config, exhibits.draw
+    (generated, _), found = exhibits.generated, dict[str, Any]()
+    best = min(nulls, key=lambda name: nulls[name]["prompt_split_loss_mean"])
+    origins = {"generated": generated, "start": exhibits.starts, best: models[best]}
+    rates = sorted({rate / 10 for rate in config.adam_learning_rates} | set(config.adam_learning_rates))
+    steps = min(100, config.optimizer_steps)
+    found["fine_tuning"] = fine_tuning(task, origins, rates, steps, exhibits.seeds)
+    if config.unseen and exhibits.seeds is None:
+        found["unseen_initialisations"] = unseen_initialisations(task, draw, exhibits.best, config.unseen)
+    if config.unseen and config.widths:
+        found["widths"] = unseen_architectures(
+            task, draw, exhibits.best, config.widths, exhibits.widths, config.unseen
+        )  # fmt: skip
+    if config.repeats > 1 and exhibits.seeds is None:
+        starts = exhibits.starts[:8]
+        found["conditional_dispersion"] = conditional_dispersion(task, draw, starts, exhibits.best, config.repeats)
+    return found
 
 
 def _points(accuracy: Tensor, distance: Tensor) -> dict[str, list[float]]:

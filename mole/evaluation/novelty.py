@@ -19,20 +19,31 @@ from mole.representations.handling import aligned
 class PermutationDistance:
     """Distances between networks modulo the order of their hidden neurons.
 
+    Exact for one hidden layer. For more, every network is first brought into the order nearest to a reference by weight
+    matching, and distances between those are upper bounds.
+
+    Args:
+        spec: of the networks.
+        reference: (P,), a trained network; needed for more than one hidden layer.
+
     Example:
         >>> distance = PermutationDistance(task.spec)
         >>> distance.nearest(generated, training).shape
         torch.Size([64])
     """
 
-    def __init__(self, spec: WeightSpec) -> None:
-        self.view = neuron_view(spec)
-        if self.view.edges:
+    def __init__(self, spec: WeightSpec, reference: Tensor | None = None) -> None:
+        self.view, self.reference = neuron_view(spec), reference
+        if self.view.edges and reference is None:
             names = ", ".join(kind.name for kind in self.view.edges)
-            raise MoleError(f"{names} joins two hidden layers; distances are known for networks of one hidden layer")
+            raise MoleError(f"{names} joins two hidden layers: distances between such networks need a reference")
 
     def pairwise(self, first: Tensor, second: Tensor) -> Tensor:
         """Distances (N, M) between networks (N, P) and (M, P)."""
+        if self.view.edges:
+            assert self.reference is not None
+            first, second = (self.align(flat, self.reference).double() for flat in (first, second))
+            return torch.cdist(first, second)
         tokens, others = self.view.encode(first).nodes, self.view.encode(second).nodes
         squared = np.zeros((len(first), len(second)))
         for kind, (a, b) in enumerate(zip(tokens, others, strict=True)):
@@ -57,6 +68,11 @@ class PermutationDistance:
         if exclude is not None:
             distances[torch.arange(len(first)), exclude] = torch.inf
         return distances.min(1).values
+
+    def spread(self, flat: Tensor) -> float:
+        """Mean distance between two different ones of networks (N, P)."""
+        distances = self.pairwise(flat[:64], flat[:64])
+        return float(distances.sum() / max(1, distances.numel() - len(distances)))
 
     def align(self, flat: Tensor, reference: Tensor) -> Tensor:
         """Networks (N, P) with their hidden neurons in the order that lies nearest to `reference` (P,)."""
@@ -83,8 +99,16 @@ def max_wrong_iou(wrong: Tensor, training_wrong: Tensor, *, exclude: Tensor | No
 
 
 def dispersion(generated: Tensor, training: Tensor) -> float:
-    """Root-mean-square spread of generated over that of training networks: 1 is right, 0 is collapsed."""
-    return _spread(generated) / _spread(training)
+    """Root-mean-square spread of generated over that of training networks: 1 is right, 0 is collapsed.
+
+    NaN where there is one training network only.
+    """
+    return ratio(_spread(generated), _spread(training))
+
+
+def ratio(part: float, whole: float) -> float:
+    """Their quotient; NaN where there is nothing to compare with."""
+    return part / whole if whole else float("nan")
 
 
 def _spread(flat: Tensor) -> float:

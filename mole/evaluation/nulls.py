@@ -8,6 +8,9 @@ from torch import Tensor
 
 from mole.evaluation.novelty import PermutationDistance
 
+ALIGNED = 512
+"""Training networks that Gaussians are fitted to."""
+
 
 def null_models(
     distance: PermutationDistance,
@@ -17,6 +20,7 @@ def null_models(
     *,
     noise_distance: float,
     seed: int,
+    groups: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """As many networks of each null model as there are starts.
 
@@ -27,21 +31,33 @@ def null_models(
         nearest: (N, P), the checkpoints whose loss lies nearest to the prompt.
         noise_distance: how far `noise` moves a network, in the units of `distance`.
         seed: of the random choices.
+        groups: (N, 16, P), which training networks are averaged for each start; random ones by default.
 
     Returns:
         `mean_of_16_aligned`: means of 16 training networks, their neurons aligned to the first;
+        `gaussian`: every weight from a Gaussian of its own, fitted to the training networks aligned to one of them;
+        `pca_gaussian`: the same for the coordinates of their principal components, as many as there are networks, at
+        most 256;
         `noise`: training networks plus Gaussian noise of a fixed length, the novelty of the generated ones;
         `nearest_prompt_retrieval`: the checkpoints whose loss lies nearest to the prompt;
         `start`: the start networks themselves.
     """
     generator = torch.Generator().manual_seed(seed)
     count, size = starts.shape
-    picks = torch.randint(len(final), (count, 16), generator=generator)
-    means = torch.stack([distance.align(final[pick], final[pick[0]]).mean(0) for pick in picks])
+    if groups is None:
+        groups = torch.stack([final[pick] for pick in torch.randint(len(final), (count, 16), generator=generator)])
+    means = torch.stack([distance.align(group, group[0]).mean(0) for group in groups])
+    population = distance.align(final[:ALIGNED], final[0])
+    mean, centred = population.mean(0), population - population.mean(0)
+    _, spectrum, basis = torch.linalg.svd(centred, full_matrices=False)
+    rank = min(256, len(population) - 1)
+    codes = torch.randn(count, rank, generator=generator) * spectrum[:rank] / (len(population) - 1) ** 0.5
     noise = torch.randn(count, size, generator=generator)
     noise *= noise_distance / noise.norm(dim=1, keepdim=True)
     return {
         "mean_of_16_aligned": means,
+        "gaussian": mean + centred.std(0) * torch.randn(count, size, generator=generator),
+        "pca_gaussian": mean + codes @ basis[:rank],
         "noise": final[torch.randint(len(final), (count,), generator=generator)] + noise,
         "nearest_prompt_retrieval": nearest,
         "start": starts,

@@ -27,11 +27,17 @@ class OptimiserCurve:
 
 
 def best_curve(
-    task: Classification, starts: Tensor, optimizer: Literal["adam", "sgd"], learning_rates: Sequence[float], steps: int
+    task: Classification,
+    starts: Tensor,
+    optimizer: Literal["adam", "sgd"],
+    learning_rates: Sequence[float],
+    steps: int,
+    seeds: Sequence[int] | None = None,
 ) -> OptimiserCurve:
     """Train from `starts` (N, P) at every learning rate; keep the one with the lowest loss on prompt images.
 
-    The lowest loss at any step counts, so that a rate is not punished for overfitting later.
+    The lowest loss at any step counts, so that a rate is not punished for overfitting later. `seeds` are those of the
+    runs whose sub-tasks are learned, if there are such.
     """
     keep = sorted({*range(0, min(steps, 30)), *range(30, min(steps, 100), 5), *range(100, steps, 20), steps})
     curves = []
@@ -40,10 +46,11 @@ def best_curve(
             update={"optimizer": optimizer, "learning_rate": rate, "schedule": "constant", "weight_decay": 0.0}
         )
         trial = task.with_config(recipe)
-        seeds = [2**41 + index for index in range(len(starts))]  # data orders of no harvested run
-        history = train_population(trial, seeds, keep, initial=starts)
-        prompt = _mean_at(keep, history, task.measure(history.weights, "prompt")["loss"])
-        accuracy = _mean_at(keep, history, task.measure(history.weights, "test")["accuracy"])
+        orders = seeds or [2**41 + index for index in range(len(starts))]  # data orders of no harvested run
+        history = train_population(trial, orders, keep, initial=starts)
+        own = None if seeds is None else [seeds[run] for run in history.runs.tolist()]
+        prompt = _mean_at(keep, history, task.measure(history.weights, "prompt", own)["loss"])
+        accuracy = _mean_at(keep, history, task.measure(history.weights, "test", own)["accuracy"])
         curves.append(OptimiserCurve(optimizer, rate, keep, prompt, accuracy))
     return min(curves, key=lambda curve: min(torch.tensor(curve.prompt_loss).nan_to_num(torch.inf).tolist()))
 

@@ -10,6 +10,7 @@ import torch
 from mole.checkpoints import Zoo
 from mole.checkpoints.backends import make_backend
 from mole.checkpoints.groups import plan_groups
+from mole.checkpoints.layouts import own_part
 from mole.config import Config
 from mole.diffusion import Generator
 from mole.errors import MoleError
@@ -71,11 +72,17 @@ class Run:
         return self.zoo[1] if settings.mode == "disk" else self._again(runs)
 
     def starts(self, wanted: int) -> torch.Tensor:
-        """Where in `heldout` the first states of `wanted` runs are, or of all there are if some diverged."""
-        found = self.heldout.first[:wanted]
+        """Where in `own_heldout` the first states of `wanted` runs are, or of all there are if some diverged."""
+        found = self.own_heldout.first[:wanted]
         if len(found) < wanted:
-            self.reporter.say(f"{wanted - len(found)} held-out runs diverged: {len(found)} starts instead of {wanted}")
+            why = "diverged" if self.own_heldout.runs == self.heldout.runs else "diverged or have other networks"
+            self.reporter.say(f"{wanted - len(found)} held-out runs {why}: {len(found)} starts instead of {wanted}")
         return found
+
+    @cached_property
+    def own_heldout(self) -> Zoo:
+        """Held-out runs with the networks of the configuration's task, where there are others too."""
+        return own_part(self.heldout, self.classifier(self.device))
 
     def _again(self, runs: range) -> Zoo:
         """These runs in memory."""

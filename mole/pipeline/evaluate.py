@@ -1,23 +1,42 @@
 """Stage 4: judge the generator."""
 
+from collections.abc import Sequence
+
 import torch
 
+from mole.checkpoints.layouts import own_part
+from mole.diffusion.generator import Request
 from mole.evaluation.figures import draw_figures
-from mole.evaluation.judge import PARTS, Exhibits, judge
+from mole.evaluation.judge import PARTS, Exhibits, examples, judge
 from mole.pipeline.current import Result, Run
+from mole.tasks import Classification
 
 
 def evaluate(current: Run) -> Result:
     """Judge the generator on held-out runs and test images, beside baselines and null models."""
-    training, heldout = current.training, current.heldout
-    generator, seed = current.generator, current.config.seed
+    generator, seed, settings = current.generator, current.config.seed, current.config.evaluate
+    own = current.classifier(torch.device("cpu"))  # judged there, wherever it was generated
+    training = own_part(current.training, own)
 
-    def draw(starts: torch.Tensor, target_loss: torch.Tensor, evaluations: int) -> tuple[torch.Tensor, int]:
-        drawn = generator.draw(starts, target_loss, seed=seed, evaluations=evaluations)
+    def draw(
+        starts: torch.Tensor,
+        target_loss: torch.Tensor,
+        *,
+        evaluations: int = 1,
+        seeds: Sequence[int] | None = None,
+        task: Classification | None = None,
+        noise: int = 0,
+    ) -> tuple[torch.Tensor, int]:
+        support = None if seeds is None else examples(own, seeds, settings.support_images, seed)
+        architecture = None if task is None else task.architecture
+        request = Request(
+            starts, {"target_loss": target_loss}, support, evaluations=evaluations, architecture=architecture
+        )
+        drawn = generator.draw(request, seed=seed + noise)
         return drawn.flat, drawn.evaluations
 
-    task = current.classifier(torch.device("cpu"))  # judged there, wherever it was generated
-    exhibits = Exhibits(task, training, heldout, draw, current.config.evaluate, seed)
+    widths = frozenset(architecture.widths[1] for architecture in generator.card.architectures)
+    exhibits = Exhibits(own, training, current.own_heldout, draw, settings, seed, widths)
     done = 0
     with current.reporter.stage("evaluate", PARTS, "parts") as advance:
 

@@ -13,7 +13,7 @@ from torch import nn
 from mole.errors import CorruptFileError, MoleError
 from mole.files import write_text
 from mole.pipeline.current import Result, Run
-from mole.rank import kendall_tau, rank_networks, regret
+from mole.rank import Ranking, kendall_tau, rank_networks, regret
 from mole.reporting import Advance
 from mole.stages import read_marker
 from mole.tasks import Task
@@ -25,13 +25,22 @@ def rank(current: Run) -> Result:
     marker = read_marker(folder, "sample")
     files = [folder.root / name for name in sorted(marker.outputs)] if marker else []
     states = [_load_sample(task, path) for path in files]
-    flat = torch.stack([task.spec.flatten(state) for state in states])
+    flat, seeds = torch.stack([task.spec.flatten(state) for state in states]), None
     with current.reporter.stage("rank", len(files), "networks") as advance:
         networks = _counted((_module(task, state) for state in states), advance)
-        ranking = rank_networks(
-            networks, task.prompt.images, task.prompt.labels, components=current.config.rank.components
-        )
-    prompt, test = task.measure(flat, "prompt"), task.measure(flat, "test")
+        data = task.prompt.images, task.prompt.labels
+        components = current.config.rank.components
+        if not task.config.subtasks.differ:
+            ranking = rank_networks(networks, *data, components=components)
+        else:  # each on the images of its own sub-task
+            heldout = current.own_heldout
+            seeds = heldout.column("seed")[heldout.first[: len(files)].numpy()].tolist()
+            scores = []
+            for network, images, labels in zip(networks, *task.shown(*data, seeds), strict=True):
+                there = labels >= 0
+                scores.append(rank_networks([network], images[there], labels[there], components=components).scores)
+            ranking = Ranking.of(torch.cat(scores))
+    prompt, test = task.measure(flat, "prompt", seeds), task.measure(flat, "test", seeds)
     rows = [
         [place, files[i].name, float(ranking.scores[i]), float(prompt["loss"][i]), float(prompt["accuracy"][i]),
          float(test["loss"][i]), float(test["accuracy"][i])]

@@ -22,18 +22,20 @@ def train(current: Run) -> Result:
     def record(group: dict[str, Any]) -> None:
         current.ledger.append([{"kind": "entity", "type": "streamed group", **group, "wasGeneratedBy": streamed}])
 
+    task = current.classifier(current.device)
+
     def source(state: dict[str, Any]) -> PairSource:
         if config.harvest.mode == "disk":
-            return ZooPairs(current.training)
+            return ZooPairs(current.training, task, config.generator)
         stream.append(Reservoir(current.task, config.harvest, config.seed, state=state, record=record))
-        return StreamPairs(stream[0])
+        return StreamPairs(stream[0], task, config.generator)
 
     def on_resume(step: int) -> None:
         nonlocal resumed_from
         resumed_from = step
         current.metrics.rewind("train", step)
 
-    data = Data(current.classifier(current.device), source, current.heldout)
+    data = Data(task, source, current.heldout)
     try:
         with current.reporter.stage("train", config.train.steps, "steps") as advance:
             generator, seconds, before = train_generator(
@@ -58,7 +60,7 @@ def train(current: Run) -> Result:
     }  # fmt: skip
     for reservoir in stream:
         report["stream"] = reservoir.flow.report()
-    outputs = [folder.generator / name for name in ("config.json", "model.safetensors")]
+    outputs = [folder.generator / name for name in ("config.json", "model.safetensors", "README.md")]
     return outputs, {"train": report, "seconds_before": before}
 
 

@@ -23,6 +23,11 @@ class Ranking:
     scores: Tensor
     order: list[int]
 
+    @classmethod
+    def of(cls, scores: Tensor) -> "Ranking":
+        """From scores alone; equal ones stay in the order they were given."""
+        return cls(scores, sorted(range(len(scores)), key=lambda index: -float(scores[index])))
+
 
 def rank_networks(networks: Iterable[nn.Module], images: Tensor, labels: Tensor, *, components: int = 10) -> Ranking:
     """Silhouette of each network's hidden features after PCA; higher is better.
@@ -37,8 +42,7 @@ def rank_networks(networks: Iterable[nn.Module], images: Tensor, labels: Tensor,
     for network in networks:
         features = principal_components(hidden_features(network, images), components)
         scores.append(silhouette(features, labels))
-    order = sorted(range(len(scores)), key=lambda index: -scores[index])
-    return Ranking(torch.tensor(scores, dtype=torch.float64), order)
+    return Ranking.of(torch.tensor(scores, dtype=torch.float64))
 
 
 def kendall_tau(scores: Tensor, truth: Tensor) -> float:

@@ -5,16 +5,20 @@ Dimensions: T nodes of a kind, W numbers of a node, E edges, K numbers of an edg
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 
 import torch
 from torch import Tensor
 
-from mole.representations.groups import Factor
+from mole.errors import MoleError
+from mole.representations.groups import AxisGroup, Factor
 from mole.representations.spec import Entry, WeightSpec
 from mole.representations.views import Edges, Nodes, View, ViewName, chunk_view, flat_view
+
+OUTPUTS = "outputs"
+"""Name of the network's outputs where they are tokens of their own."""
 
 REST_WIDTH = 1024
 """Numbers that belong to no neuron stand in tokens of at most this width."""
@@ -61,48 +65,81 @@ def blocks(entry: Entry) -> Iterator[Block]:
         yield Block(entry, factors, whole[window].reshape([size for axis in factors for _, size in axis]))
 
 
-def neuron_structure(spec: WeightSpec) -> tuple[list[Nodes], list[Edges]]:
-    """Nodes: one kind per set of groups that run over an axis together. Edges: tensors between two hidden kinds."""
-    columns: dict[tuple[str, ...], list[Tensor]] = {}
-    between: list[tuple[str, tuple[str, ...], tuple[str, ...], Tensor]] = []
-    rest: list[Tensor] = []
+def word(entry: Entry) -> str:
+    """What a tensor is, in the same word for any network: its role, and its axes, `*` where neurons run along one."""
+
+    def axis(groups: set[str | None], size: int) -> str:
+        return OUTPUTS if OUTPUTS in groups else "*" if groups - {None} else str(size)
+
+    axes = [axis({g for factors in terms for g, _ in factors}, size)
+            for terms, size in zip(entry.axes, entry.shape, strict=True)]  # fmt: skip
+    role = entry.role if entry.role != "other" else entry.name.rpartition(".")[2]
+    return f"{role}[{','.join(axes)}]"
+
+
+def neuron_structure(spec: WeightSpec, *, fixed: frozenset[str] = frozenset()) -> tuple[list[Nodes], list[Edges]]:
+    """Nodes: one kind per set of groups that run over an axis together. Edges: tensors between two hidden kinds.
+
+    Groups in `fixed` are in an order of their own.
+    """
+    columns: dict[tuple[str, ...], list[tuple[str, Tensor]]] = {}
+    between: list[tuple[Entry, tuple[str, ...], tuple[str, ...], Tensor]] = []
+    rest: list[tuple[str, Tensor]] = []
     for entry in spec.entries:
         for block in blocks(entry):
             held = [(axis, groups) for axis, groups in enumerate(block.ends()) if groups]
             if not held:
-                rest.append(block.places.flatten())
+                rest.append((word(entry), block.places.flatten()))
             elif len(held) == 1:
                 axis, groups = held[0]
-                columns.setdefault(groups, []).append(block.rows(axis))
+                columns.setdefault(groups, []).append((word(entry), block.rows(axis)))
             else:
                 (to, target), (came, source) = held[:2]
-                between.append((entry.name, source, target, block.rows(to, came)))  # (targets, sources, K)
+                between.append((entry, source, target, block.rows(to, came)))  # (targets, sources, K)
     names = list(dict.fromkeys([*columns, *(end for _, s, t, _ in between for end in (s, t))]))
     nodes = []
-    for groups in names:
+    for number, groups in enumerate(names):
         size = prod(spec.groups[group].size for group in groups)
-        places = torch.cat(columns.get(groups, [torch.empty(size, 0, dtype=torch.int64)]), 1)
-        nodes.append(Nodes(" x ".join(groups), places, torch.ones_like(places, dtype=torch.bool), ordered=False))
+        found, known = columns.get(groups, []), fixed >= set(groups)
+        places = torch.cat([p for _, p in found] or [torch.empty(size, 0, dtype=torch.int64)], 1)
+        nodes.append(
+            Nodes(
+                " x ".join(groups), places, torch.ones_like(places, dtype=torch.bool), ordered=known,
+                kind=OUTPUTS if known else "neurons", parts=_parts(found), depth=number / max(1, len(names) - 1),
+            )
+        )  # fmt: skip
     if rest:
-        nodes.append(_rest(torch.cat(rest)))
+        nodes.append(_rest(rest))
     edges = [
         Edges(
-            name,
+            entry.name,
             names.index(source),
             names.index(target),
             _complete(places.shape[0], places.shape[1]),
             places.flatten(0, 1),
             complete=True,
+            part=word(entry),
         )
-        for name, source, target, places in between
+        for entry, source, target, places in between
     ]
     return nodes, edges
 
 
-def _rest(places: Tensor) -> Nodes:
+def _parts(found: Sequence[tuple[str, Tensor]]) -> tuple[tuple[str, int], ...]:
+    """The words of blocks (T, K) side by side, told apart where one comes twice."""
+    words = [name for name, _ in found]
+    return tuple(
+        (name if words.count(name) == 1 else f"{name}#{words[:i].count(name) + 1}", places.shape[-1])
+        for i, (name, places) in enumerate(found)
+    )
+
+
+def _rest(found: Sequence[tuple[str, Tensor]]) -> Nodes:
+    places = torch.cat([places for _, places in found])
     width = min(REST_WIDTH, len(places))
     padded = torch.cat([places, torch.full((-len(places) % width,), -1)]).reshape(-1, width)
-    return Nodes("rest", padded, padded >= 0, ordered=True)
+    parts = _parts(found) if len(padded) == 1 else ()
+    return Nodes("rest", padded, padded >= 0, ordered=True, kind="rest", parts=parts, depth=1.0)
 
 
 def _complete(targets: int, sources: int) -> Tensor:
@@ -161,15 +198,18 @@ def graph_structure(spec: WeightSpec) -> tuple[list[Nodes], list[Edges]]:
             torch.empty(size, 0, dtype=torch.int64),
             torch.empty(size, 0, dtype=torch.bool),
             ordered=graph.ordered[name],
+            kind=name.split(" ")[0],
+            depth=number / max(1, len(names) - 1),
         )
-        for name, size in graph.sizes.items()
+        for number, (name, size) in enumerate(graph.sizes.items())
     ]
-    edges = []
+    edges, words = [], {entry.name: word(entry) for entry in spec.entries}
     for name, source, target, ends, places in graph.edges:
         complete = ends is None
         if ends is None:
             ends = _complete(graph.sizes[target], graph.sizes[source])
-        edges.append(Edges(name, names.index(source), names.index(target), ends, places, complete=complete))
+        part = words.get(name, name.split(" ")[0])
+        edges.append(Edges(name, names.index(source), names.index(target), ends, places, complete=complete, part=part))
     return nodes, edges
 
 
@@ -275,13 +315,33 @@ def neuron_view(spec: WeightSpec) -> View:
     return View(spec, *neuron_structure(spec))
 
 
+def class_view(spec: WeightSpec) -> View:
+    """The neurons, and a token for every output: what reaches an output is on edges, so that outputs can be told
+    apart by what they stand for, and not by their number."""
+    return View(spec, *neuron_structure(_with_outputs(spec), fixed=frozenset({OUTPUTS})))
+
+
+def _with_outputs(spec: WeightSpec) -> WeightSpec:
+    """The specification with the network's outputs as a group of their own."""
+    read = {name for names in spec.flow.reads.values() for name in names}
+    known = {entry.name: entry for entry in spec.entries}
+    ends = [name for name in spec.flow.reads if name not in read and name in known and _is_ordered(known[name], 0)]
+    if not ends:
+        raise MoleError("view classes: no output of this network was found; legal: neurons, graph, chunks, flat")
+    last, size = ends[-1], known[ends[-1]].shape[0]
+    own = {last, *(name for name, made in spec.flow.acts_on.items() if made == (last,))}
+    entries = [replace(entry, axes=((((OUTPUTS, size),),), *entry.axes[1:])) if entry.name in own else entry
+               for entry in spec.entries]  # fmt: skip
+    return replace(spec, entries=tuple(entries), groups={**spec.groups, OUTPUTS: AxisGroup(OUTPUTS, size)})
+
+
 def graph_view(spec: WeightSpec) -> View:
     """The parameter graph: neurons, inputs, biases, normalisations and heads are nodes; every number is on an edge."""
     return View(spec, *graph_structure(spec))
 
 
 VIEWS: dict[ViewName, Callable[[WeightSpec], View]] = {
-    "flat": flat_view, "chunks": chunk_view, "neurons": neuron_view, "graph": graph_view,
+    "flat": flat_view, "chunks": chunk_view, "neurons": neuron_view, "classes": class_view, "graph": graph_view,
 }  # fmt: skip
 
 

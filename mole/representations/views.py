@@ -19,7 +19,7 @@ from mole.errors import MoleError
 from mole.representations.groups import Element
 from mole.representations.spec import WeightSpec, differences
 
-ViewName = Literal["flat", "chunks", "neurons", "graph"]
+ViewName = Literal["flat", "chunks", "neurons", "classes", "graph"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,12 @@ class Nodes:
     """(T, W) bool: what decoding reads."""
     ordered: bool
     """Whether each of them is itself (and may be given a position), or they are interchangeable."""
+    kind: str = "chunks"
+    """What they are: `neurons`, `outputs`, `inputs`, `bias`, `rest`, `chunks`."""
+    parts: tuple[tuple[str, int], ...] = ()
+    """What its numbers are, in order, and how many: the same words for the same thing in any network."""
+    depth: float = 0.0
+    """Where it stands between the network's input, 0, and its output, 1."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Edges:
     """(E, K) int64, all owned; K is 0 where an edge carries nothing."""
     complete: bool = False
     """Whether every source is joined to every target, targets outermost."""
+    part: str = ""
+    """What its numbers are, in the same word for the same thing in any network."""
 
 
 @dataclass

@@ -138,7 +138,9 @@ class CartPole(Task):
         return surrogate.mean() + value.mean()
 
     @torch.no_grad()
-    def measure(self, flat: Tensor, split: SplitName, *, networks_at_once: int = 512) -> Metrics:
+    def measure(
+        self, flat: Tensor, split: SplitName, seeds: Sequence[int] | None = None, *, networks_at_once: int = 512
+    ) -> Metrics:
         """`return` (0..500) of the mean action from the split's first states, and `loss`, 1 - return / 500."""
         generator = torch.Generator().manual_seed(SPLIT_SEEDS[split])
         first = first_states([EPISODES[split]], generator).to(flat.device)

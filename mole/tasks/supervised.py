@@ -19,6 +19,7 @@ from mole.config import TaskConfig
 from mole.errors import MoleError
 from mole.tasks.batched import batched
 from mole.tasks.networks import Architecture
+from mole.tasks.subtasks import Subtasks, draw
 from mole.tasks.task import Metrics, SplitName, Task
 
 SUBSET_SEEDS = 2**43
@@ -55,9 +56,13 @@ class Classification(Task):
     classes: int
     augmented: bool = False
     """Images are flipped and shifted at random while training (G.pt's CIFAR-10 recipe)."""
+    chosen: Architecture | None = None
+    """Networks of another architecture than the configuration's."""
 
     @property
     def architecture(self) -> Architecture:
+        if self.chosen is not None:
+            return self.chosen
         shape, config = self.train.images.shape[1:], self.config
         if len(shape) == 3:  # each further convolution has twice the channels
             widths = [shape[0], *(config.width * 2**layer for layer in range(config.depth)), self.classes]
@@ -114,6 +119,21 @@ class Classification(Task):
         train, prompt, test = parts
         return replace(self, config=config, train=train, prompt=prompt, test=test)
 
+    def with_architecture(self, architecture: Architecture) -> Self:
+        """The same data with other networks.
+
+        Raises:
+            MoleError: they read or tell other numbers than the data have.
+        """
+        own = replace(self, chosen=None).architecture
+        ends, found = (own.widths[0], own.widths[-1]), (architecture.widths[0], architecture.widths[-1])
+        if (architecture.kind, found) != (own.kind, ends):
+            raise MoleError(
+                f"architecture {architecture.kind} from {found[0]} to {found[1]} numbers; legal for {self.config.name} "
+                f"is {own.kind} from {ends[0]} to {ends[1]}"
+            )
+        return replace(self, chosen=architecture)
+
     @cached_property
     def _judged(self) -> nn.Module:
         return batched(self.network).eval()
@@ -126,32 +146,99 @@ class Classification(Task):
         images, labels = batch
         return cross_entropy(functional_call(self.template, state, (images,)), labels).mean()
 
-    def logits(self, flat: Tensor, images: Tensor) -> Tensor:
-        """Outputs (N, B, K) of networks (N, P) on the same images (B, ...); differentiable."""
+    def logits(self, flat: Tensor, images: Tensor, *, own: bool = False) -> Tensor:
+        """Outputs (N, B, K) of networks (N, P) on the same images (B, ...), or each on its own (N, B, ...)."""
         network, spec = self._judged, self.spec  # built outside vmap, which refuses random numbers
-        forward = vmap(lambda weights: functional_call(network, spec.unflatten(weights), (images,)))
+
+        def forward(weights: Tensor, images: Tensor) -> Tensor:
+            return functional_call(network, spec.unflatten(weights), (images,))
+
         with warnings.catch_warnings():  # vmap announces operators without a batching rule of their own
             warnings.simplefilter("ignore", UserWarning)
-            return forward(flat)
+            return vmap(forward, in_dims=(0, 0 if own else None))(flat, images)
+
+    def subtasks(self, seeds: Sequence[int]) -> Subtasks:
+        """The sub-tasks of runs with these seeds."""
+        found = draw(self.config.subtasks, seeds, classes=self.classes, numbers=self.train.images[0].numel())
+        return Subtasks(*(part.to(self.device) for part in found))
+
+    def shown(self, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images (B, D) or (N, B, D) and labels as the runs with these seeds see them: (N, B, D) and (N, B).
+
+        The label is -1 where an image is not part of a run's sub-task.
+        """
+        subtasks = self.subtasks(seeds)
+        return subtasks.images(images), subtasks.labels(labels)
+
+    def support(self, seeds: Sequence[int], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Labelled training images of each run's own sub-task, drawn with repetition: (N, count, D), (N, count)."""
+        names = self.subtasks(seeds).names
+        there = (names >= 0).cpu()[:, self.train.labels.cpu()]  # (N, M)
+        index = torch.multinomial(there.float(), count, replacement=True, generator=generator).to(self.device)
+        return self.shown(self.train.images[index], self.train.labels[index], seeds)
+
+    def gradient(self, flat: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Gradients (N, P) of each network's mean cross-entropy on its own images (N, B, ...), labels (N, B)."""
+        with torch.enable_grad():
+            weights = flat.detach().requires_grad_()
+            loss = cross_entropy(self.logits(weights, images, own=True), labels).mean(1).sum()
+            return torch.autograd.grad(loss, weights)[0]
 
     @torch.no_grad()
-    def measure(self, flat: Tensor, split: SplitName, *, numbers_at_once: int = 2**22) -> Metrics:
-        """`loss` (mean cross-entropy, nats) and `accuracy` (0..1), each (N,)."""
-        data = self.split(split)
+    def measure(
+        self, flat: Tensor, split: SplitName, seeds: Sequence[int] | None = None, *, numbers_at_once: int = 2**22
+    ) -> Metrics:
+        """`loss` (mean cross-entropy, nats) and `accuracy` (0..1), each (N,).
+
+        Args:
+            flat: (N, P).
+            split: the images.
+            seeds: of the runs whose sub-tasks are asked for, one per network; needed where there are sub-tasks.
+            numbers_at_once: bound of the memory.
+
+        Raises:
+            MoleError: there are sub-tasks, and no seeds.
+        """
+        data, own = self.split(split), self.config.subtasks.differ
+        if own and seeds is None:
+            raise MoleError("every run has a sub-task of its own: measure(flat, split, seeds) needs the runs' seeds")
         images = data.images
         area = images[0, 0].numel() // 4 if images.ndim > 2 else 1  # after the stride of the first convolution
-        widest = max(self.architecture.widths[1:]) * max(1, area)
+        widest = max(max(self.architecture.widths[1:]) * max(1, area), images[0].numel() if own else 0)
         losses, accuracies = [], []
-        for part in flat.split(max(1, numbers_at_once // (len(data) * widest))):
-            logits = self.logits(part, images)  # (n, B, K)
-            labels = data.labels.expand(len(part), -1)
-            losses.append(cross_entropy(logits, labels).mean(1))
-            accuracies.append((logits.argmax(-1) == labels).float().mean(1))
+        size = max(1, numbers_at_once // (len(data) * widest))
+        for low in range(0, len(flat), size):
+            part, labels = flat[low : low + size], data.labels[None]
+            if own:
+                assert seeds is not None
+                images, labels = self.shown(data.images, data.labels, seeds[low : low + size])
+            found = _metrics(self.logits(part, images, own=own), labels)
+            losses.append(found["loss"])
+            accuracies.append(found["accuracy"])
         return {"loss": torch.cat(losses), "accuracy": torch.cat(accuracies)}
+
+    @torch.no_grad()
+    def losses(self, flat: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Losses (N,) of networks (N, P) on the same images (B, ...) with labels (B,)."""
+        return _metrics(self.logits(flat, images), labels[None])["loss"]
+
+    @torch.no_grad()
+    def judge(self, flat: Tensor, images: Tensor, labels: Tensor) -> Metrics:
+        """The metrics of networks (N, P), each on its own images (N, B, ...) with labels (N, B)."""
+        return _metrics(self.logits(flat, images, own=True), labels)
 
     def split(self, name: SplitName) -> Split:
         """One of the three splits."""
         return {"train": self.train, "prompt": self.prompt, "test": self.test}[name]
+
+
+def _metrics(logits: Tensor, labels: Tensor) -> Metrics:
+    """Of logits (N, B, K) and labels (N or 1, B); images of label -1 do not count."""
+    there = (labels >= 0).float()
+    there = there / there.sum(1, keepdim=True)
+    labels = labels.clamp_min(0).expand(len(logits), -1)
+    loss = (cross_entropy(logits, labels) * there).sum(1)
+    return {"loss": loss, "accuracy": ((logits.argmax(-1) == labels) * there).sum(1)}
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -169,10 +256,13 @@ class Minibatches:
     def __init__(self, task: Classification, seeds: Sequence[int]) -> None:
         self.task, self.device = task, task.device
         self.orders = [DataOrder(task, seed) for seed in seeds]
+        self.subtasks = task.subtasks(seeds) if task.config.subtasks.differ else None
         self.buffer = torch.empty(0, *task.train.images.shape[1:], device=self.device)
 
     def keep(self, runs: Tensor) -> None:
         self.orders = [self.orders[run] for run in runs.tolist()]
+        if self.subtasks is not None:
+            self.subtasks = Subtasks(*(part[runs.to(self.device)] for part in self.subtasks))
         self.epoch = self.epoch[:, runs]
 
     def batch(self, step: int, state: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -184,9 +274,12 @@ class Minibatches:
         if len(self.buffer) != len(index):
             self.buffer = self.buffer.new_empty(len(index), *self.buffer.shape[1:])
         images = torch.index_select(data.images, 0, index, out=self.buffer).unflatten(0, (runs, size))
+        labels = data.labels.index_select(0, index).unflatten(0, (runs, size))
         if self.task.augmented:
             images = torch.stack([order.augment(part) for order, part in zip(self.orders, images, strict=True)])
-        return images, data.labels.index_select(0, index).unflatten(0, (runs, size))
+        if self.subtasks is not None:
+            images, labels = self.subtasks.images(images), self.subtasks.labels(labels)
+        return images, labels
 
 
 class DataOrder:
@@ -200,9 +293,17 @@ class DataOrder:
             chooser = torch.Generator().manual_seed(SUBSET_SEEDS + seed)
             self.pool = torch.randperm(len(task.train), generator=chooser)[: task.images_per_run]
         self.images = task.images_per_run
+        self.repeating = task.config.subtasks.labels is not None
+        if self.repeating:  # as many images as the run has labels for: drawn with repetition
+            there = task.subtasks([seed]).names[0] >= 0
+            self.pool = there.cpu()[task.train.labels.cpu()].nonzero()[:, 0]
 
     def epoch(self) -> Tensor:
         """Indices (steps, B) of one epoch: a new shuffle of the run's images."""
+        if self.repeating:
+            assert self.pool is not None
+            index = torch.randint(len(self.pool), (self.steps, self.batch_size), generator=self.generator)
+            return self.pool[index]
         order = torch.randperm(self.images, generator=self.generator)[: self.steps * self.batch_size]
         order = order if self.pool is None else self.pool[order]
         return order.reshape(self.steps, self.batch_size)

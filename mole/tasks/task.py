@@ -65,8 +65,11 @@ class Task(ABC):
         """Training loss of one learner on its part of a batch; differentiable, and fit for `vmap`."""
 
     @abstractmethod
-    def measure(self, flat: Tensor, split: SplitName) -> Metrics:
-        """Metrics of networks (N, P) on a split, in slices of bounded memory; no gradients."""
+    def measure(self, flat: Tensor, split: SplitName, seeds: Sequence[int] | None = None) -> Metrics:
+        """Metrics of networks (N, P) on a split, in slices of bounded memory; no gradients.
+
+        `seeds` are those of the runs (N,), where each run has a sub-task of its own.
+        """
 
     @abstractmethod
     def to(self, device: torch.device) -> Self:

@@ -136,13 +136,14 @@ def test_several_trainings_share_a_zoo(tmp_path: Path) -> None:
 
 DDP = """
 import sys
-import lightning as L, mole
+import lightning as L, mole, torch
 from tests.checkpoints.test_callback import Module, data
 if __name__ == "__main__":
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[mole.Harvest(sys.argv[1], "val/loss", every_n_steps=2, run="ddp")])
     trainer.fit(Module(), data(), data(16))
+    torch.distributed.destroy_process_group()  # left to the interpreter's exit, gloo's threads abort now and then
 """
 
 KILL = """

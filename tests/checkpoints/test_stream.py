@@ -8,7 +8,7 @@ import torch
 from mole.checkpoints.backends import Background, Local, make_backend
 from mole.checkpoints.groups import Group, Harvested, plan_groups, train_group
 from mole.checkpoints.stream import Reservoir
-from mole.config import HarvestConfig, TrainConfig, VaryConfig
+from mole.config import GeneratorConfig, HarvestConfig, TrainConfig, VaryConfig
 from mole.diffusion.pairs import StreamPairs
 from mole.errors import MoleError
 from mole.tasks import Classification
@@ -65,14 +65,14 @@ def test_nothing_is_read_more_often_than_allowed_and_memory_is_bounded(
 ) -> None:
     records: list[dict[str, Any]] = []
     reservoir = Reservoir(toy, harvest, 0, record=records.append)
-    pairs, generator = StreamPairs(reservoir), torch.Generator().manual_seed(0)
+    pairs, generator = StreamPairs(reservoir, toy, GeneratorConfig()), torch.Generator().manual_seed(0)
     config = TrainConfig(batch_size=16)
     seen: dict[bytes, int] = {}
     try:
         for _ in range(20):
             assert 1 <= len(reservoir.runs) <= 8
-            batch = pairs.pairs(config, generator)
-            assert batch.start.shape == (16, toy.spec.size) and bool((batch.start_loss > 0).all())
+            ((_, batch),) = pairs.pairs(config, generator)
+            assert batch.start.shape == (16, toy.spec.size) and bool((batch.known["start_loss"] > 0).all())
             for row in [*batch.start, *batch.clean]:
                 seen[row.numpy().tobytes()] = seen.get(row.numpy().tobytes(), 0) + 1
             assert len(reservoir.runs) <= 8
@@ -103,8 +103,11 @@ def test_pairs_are_of_one_run_and_in_order(toy: Classification, harvest: Harvest
     reservoir = Reservoir(toy, harvest.model_copy(update={"reuse": 1000}), 0)
     states = {row.numpy().tobytes(): (i, k) for i, r in enumerate(reservoir.runs) for k, row in enumerate(r.weights)}
     reservoir.close()
-    batch = StreamPairs(reservoir).pairs(TrainConfig(batch_size=64), torch.Generator().manual_seed(0))
-    for start, clean, target in zip(batch.start, batch.clean, batch.target_loss, strict=True):
+    names = ["target_loss", "target_accuracy", "steps", "optimizer"]
+    source = StreamPairs(reservoir, toy, GeneratorConfig.model_validate({"conditions": names}))
+    ((_, batch),) = source.pairs(TrainConfig(batch_size=64), torch.Generator().manual_seed(0))
+    assert list(batch.known) == names and set(batch.known["optimizer"].tolist()) == {0.0}
+    for start, clean, target in zip(batch.start, batch.clean, batch.known["target_loss"], strict=True):
         (run, first), (other, second) = states[start.numpy().tobytes()], states[clean.numpy().tobytes()]
         assert run == other and first <= second and target == reservoir.runs[run].loss[second]
 

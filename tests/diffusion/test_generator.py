@@ -7,27 +7,28 @@ from torch import nn
 
 from mole.config import GeneratorConfig
 from mole.diffusion import Generator
+from mole.diffusion.card import FORMAT, Card
 from mole.diffusion.codec import Codec
 from mole.diffusion.denoiser import Denoiser
-from mole.diffusion.generator import FORMAT, Card
 from mole.errors import CorruptFileError, MoleError, PromptWarning
 from mole.files import read_json, write_json
 from mole.representations import neuron_view
+from mole.representations.structure import word
 from mole.tasks import Classification
 
 
 @pytest.fixture
 def generator(digits: Classification) -> Generator:
     config = GeneratorConfig(width=16, layers=1, heads=2)
-    denoiser = Denoiser(neuron_view(digits.spec), config)
+    denoiser = Denoiser([neuron_view(digits.spec)], config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     card = Card(
-        format=FORMAT, denoiser=config, task=digits.config, architecture=digits.architecture,
-        spec=digits.spec.to_json(), scales=[0.1, 0.1, 0.2, 0.2], prompt_range=(0.1, 2.4), zoo="zoo-digest",
-        train_steps=1, seed=0,
+        format=FORMAT, denoiser=config, task=digits.config, architectures=[digits.architecture],
+        scales={word(entry): 0.1 for entry in digits.spec.entries}, ranges={"loss": (0.1, 2.4)}, zoo="zoo-digest",
+        examples=64, train_steps=1, seed=0,
     )  # fmt: skip
     codec = Codec(digits.spec, config, card.scales)
     return Generator(denoiser.eval(), codec, card, torch.device("cpu"), digits)
@@ -90,7 +91,7 @@ def test_bad_arguments_are_refused(generator: Generator, arguments: dict[str, fl
 
 @pytest.mark.parametrize("target", [0.05, 3.0])
 def test_a_prompt_outside_the_zoo_warns_and_states_the_range(generator: Generator, target: float) -> None:
-    with pytest.warns(PromptWarning, match=r"outside the losses of the zoo, 0\.1 to 2\.4"):
+    with pytest.warns(PromptWarning, match=r"target_loss .* lies outside the zoo, 0\.1 to 2\.4"):
         generator.sample(target_loss=target)
 
 
@@ -119,11 +120,11 @@ def test_damaged_and_missing_files_are_named(generator: Generator, tmp_path: Pat
         Generator.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(weights)
     for change, message in (
-        ({"format": 99}, "format 99; this version reads 2"),
+        ({"format": 99}, "format 99; this version reads 3: update MOLE"),
         ({"surprise": 1}, "surprise"),
         ({"scales": "x"}, "scales"),
         ({"denoiser": {**config["denoiser"], "width": 32}}, "altered after it was written"),
-        ({"scales": [9.0, 9.0, 9.0, 9.0]}, "altered after it was written"),
+        ({"scales": dict.fromkeys(config["scales"], 9.0)}, "altered after it was written"),
         ({"zoo": "another"}, "altered after it was written"),
     ):
         write_json(tmp_path / "config.json", {**config, **change})

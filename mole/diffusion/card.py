@@ -1,0 +1,91 @@
+"""What is written beside a generator's weights: what it is, what it has seen, and the page that says so."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from mole.config import GeneratorConfig, TaskConfig
+from mole.files import value_digest
+from mole.tasks import Architecture
+
+FORMAT = 3
+
+
+class Card(BaseModel):
+    """What `config.json` of a generator holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    format: int
+    denoiser: GeneratorConfig
+    task: TaskConfig
+    architectures: list[Architecture]
+    """Networks that it was trained on; those of `task` first."""
+    scales: dict[str, float]
+    """Standard deviation of every tensor over the training networks, by its word."""
+    ranges: dict[str, tuple[float, float]]
+    """Lowest and highest value of every metric in the zoo."""
+    examples: int
+    """Numbers per example of the data."""
+    zoo: str
+    """Digest of the zoo it learned from."""
+    train_steps: int
+    seed: int
+    weights: str = ""
+    """SHA-256 of `model.safetensors`."""
+    digest: str = ""
+    """Of everything above: the identity of the generator."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """The networks that it generates unless others are asked for."""
+        return self.architectures[0]
+
+    def sealed(self) -> "Card":
+        """The same card with its digest."""
+        return self.model_copy(update={"digest": value_digest(self.model_dump(mode="json", exclude={"digest"}))})
+
+    def page(self) -> str:
+        """The model card: a page for people, as the Hugging Face Hub shows it."""
+        rows = {
+            "task": f"{self.task.name}, {self.task.optimizer}, learning rate {self.task.learning_rate}, "
+            f"{self.task.steps} steps",
+            "networks": "; ".join(
+                f"{a.kind} {'-'.join(map(str, a.widths))} {a.activation}" for a in self.architectures
+            ),
+            "conditions": ", ".join([*self.denoiser.conditions, *(["support set"] if self.denoiser.data else [])]),
+            "seen": ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in self.ranges.items()),
+            "view": f"{self.denoiser.view}, {self.denoiser.symmetry}",
+            "training": f"{self.train_steps} steps, seed {self.seed}",
+            "zoo": self.zoo,
+            "digest": self.digest,
+        }
+        table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+        return f"""---
+library_name: mole
+tags: [mole, weight-space-learning, diffusion]
+---
+
+# A generator of {self.task.name} networks
+
+It draws the weights of a network in one evaluation, for what is asked of it.
+
+| | |
+|---|---|
+{table}
+
+```python
+import mole
+
+generator = mole.Generator.from_pretrained("PATH OR REPOSITORY")
+networks = generator.sample(n=4)
+```
+
+Prompts outside the ranges above were never seen in training. What its networks are worth is measured on held-out
+runs by `python train.py`, beside null models; see `report.json` of the run that made it.
+"""
+
+
+def parse(values: Any) -> Card:
+    """A card from JSON."""
+    return Card.model_validate(values)

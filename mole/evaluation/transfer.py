@@ -1,0 +1,148 @@
+"""Beyond what the generator has seen: other initialisations, other architectures, and what its networks are good for.
+
+Dimensions: S starts, N networks, P parameters.
+"""
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mole.checkpoints import train_population
+from mole.evaluation.optimisers import best_curve
+from mole.tasks import Architecture, Classification
+
+TRIAL_SEEDS = 2**42
+"""Seeds from here on belong to what is trained or initialised for comparison."""
+
+INITIALISATIONS: dict[str, Callable[[Tensor], Any]] = {
+    "xavier": nn.init.xavier_uniform_,
+    "orthogonal": nn.init.orthogonal_,
+    "kaiming_fan_in": lambda w: nn.init.kaiming_normal_(w, mode="fan_in", nonlinearity="relu"),
+    "kaiming_fan_out": lambda w: nn.init.kaiming_normal_(w, mode="fan_out", nonlinearity="relu"),
+}
+"""Of the weights; biases are 0. Networks in zoos start from PyTorch's default."""
+
+
+class Draw(Protocol):
+    """Any generator: from start networks and wanted losses to networks."""
+
+    def __call__(
+        self,
+        starts: Tensor,
+        target_loss: Tensor,
+        *,
+        evaluations: int = 1,
+        seeds: Sequence[int] | None = None,
+        task: Classification | None = None,
+        noise: int = 0,
+    ) -> tuple[Tensor, int]:
+        """Weights (N, P), and evaluations made per network.
+
+        Args:
+            starts: (N, P).
+            target_loss: (N,), in nats.
+            evaluations: wanted per network.
+            seeds: of the runs whose sub-tasks the networks are for, (N,).
+            task: the task with other networks than usual.
+            noise: changes the noise of the generator.
+        """
+        ...
+
+
+def initial(task: Classification, scheme: str, count: int) -> Tensor:
+    """Weights (count, P) initialised by one of `INITIALISATIONS`."""
+    rows = []
+    for number in range(count):
+        network = task.architecture.build(TRIAL_SEEDS + number)
+        generator = torch.random.fork_rng()
+        with generator, torch.no_grad():
+            torch.manual_seed(TRIAL_SEEDS + number)
+            for parameter in network.parameters():
+                INITIALISATIONS[scheme](parameter) if parameter.ndim > 1 else parameter.zero_()
+        rows.append(task.spec.flatten(network.state_dict()))
+    return torch.stack(rows)
+
+
+def unseen_initialisations(task: Classification, draw: Draw, best: float, count: int) -> dict[str, Any]:
+    """One pass from initialisations that no zoo has: test accuracy before and after, mean over `count` starts."""
+    found = {}
+    for scheme in INITIALISATIONS:
+        starts = initial(task, scheme, count)
+        drawn, _ = draw(starts, torch.full((count,), best))
+        found[scheme] = {
+            "start_accuracy_mean": _accuracy(task, starts), "accuracy_mean": _accuracy(task, drawn),
+            "error_mean": 1 - _accuracy(task, drawn),
+        }  # fmt: skip
+    return found
+
+
+def unseen_architectures(
+    task: Classification, draw: Draw, best: float, widths: Sequence[int], seen: Set[int], count: int
+) -> list[dict[str, Any]]:
+    """One pass for networks of each width, beside as many networks of that width trained by the task's recipe."""
+    rows = []
+    ends = task.architecture.widths
+    for width in widths:
+        architecture = Architecture(kind=task.architecture.kind, activation=task.architecture.activation,
+                                    widths=[ends[0], *[width] * (len(ends) - 2), ends[-1]])  # fmt: skip
+        other = task.with_architecture(architecture)
+        seeds = [TRIAL_SEEDS + number for number in range(count)]
+        starts = other.initial(seeds)
+        drawn, _ = draw(starts, torch.full((count,), best), task=other)
+        trained = train_population(other, seeds, [task.config.steps], initial=starts).weights
+        rows.append(
+            {
+                "width": width, "in_zoo": width in seen, "accuracy_mean": _accuracy(other, drawn),
+                "start_accuracy_mean": _accuracy(other, starts), "trained_accuracy_mean": _accuracy(other, trained),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def recursive_passes(
+    measure: Callable[[Tensor], float],
+    draw: Draw,
+    starts: Tensor,
+    best: float,
+    seeds: Sequence[int] | None,
+    passes: int,
+) -> list[float]:
+    """Mean test accuracy after each of several passes, every one of them starting from what the last one made."""
+    found, flat = [], starts
+    for number in range(passes):
+        flat, _ = draw(flat, torch.full((len(flat),), best), seeds=seeds, noise=number)
+        found.append(measure(flat))
+    return found
+
+
+def fine_tuning(
+    task: Classification,
+    origins: Mapping[str, Tensor],
+    learning_rates: Sequence[float],
+    steps: int,
+    seeds: Sequence[int] | None = None,
+) -> list[dict[str, Any]]:
+    """Adam from several origins (N, P), each at its own best learning rate on prompt images."""
+    return [{"origin": name, **asdict(best_curve(task, flat, "adam", learning_rates, steps, seeds))}
+            for name, flat in origins.items()]  # fmt: skip
+
+
+def conditional_dispersion(
+    task: Classification, draw: Draw, starts: Tensor, best: float, repeats: int
+) -> dict[str, Any]:
+    """Is one evaluation a draw, or a mean? Spread of networks from one start, over the noise of the generator, and over
+    the order of the data of an optimiser; each root-mean-square, averaged over starts."""
+    many = starts.repeat_interleave(repeats, 0)
+    drawn, _ = draw(many, torch.full((len(many),), best))
+    seeds = [TRIAL_SEEDS + number for number in range(len(many))]
+    trained = train_population(task, seeds, [task.config.steps], initial=many).weights
+    spreads = [flat.unflatten(0, (-1, repeats)) for flat in (drawn, trained)]
+    mine, theirs = (float((s - s.mean(1, keepdim=True)).square().sum(-1).mean().sqrt()) for s in spreads)
+    return {"starts": len(starts), "repeats": repeats, "generated": mine, "trained": theirs, "ratio": mine / theirs}
+
+
+def _accuracy(task: Classification, flat: Tensor) -> float:
+    return float(task.measure(flat, "test")["accuracy"].mean())
