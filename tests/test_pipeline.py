@@ -387,8 +387,8 @@ def test_every_config_runs_for_two_steps(path: Path, tmp_path: Path, monkeypatch
     write_npz(tmp_path / "cifar10.npz", shape=(32, 32, 3))
     only, heldout = re.search(r"--only (\S+)", path.read_text()), 40 if path.stem == "widths" else 2
     small = {
-        "task.steps": 2, "harvest.runs": 20, "harvest.heldout_runs": heldout, "harvest.checkpoints": 3, "train.steps": 2,
-        "train.batch_size": 4, "sample.networks": 2, "evaluate.starts": 2, "evaluate.prompts": 2,
+        "task.steps": 2, "harvest.runs": 20, "harvest.heldout_runs": heldout, "harvest.checkpoints": 3,
+        "train.steps": 2, "train.batch_size": 4, "sample.networks": 2, "evaluate.starts": 2, "evaluate.prompts": 2,
         "evaluate.optimizer_steps": 2, "tracking.mode": "disabled",
     }  # fmt: skip
     arguments = [part for key, value in small.items() for part in (f"--{key}", str(value))]

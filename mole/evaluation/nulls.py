@@ -50,13 +50,13 @@ def null_models(
     population = distance.align(final[:ALIGNED], final[0])
     mean, centred = population.mean(0), population - population.mean(0)
     _, spectrum, basis = torch.linalg.svd(centred, full_matrices=False)
-    rank = min(256, len(population) - 1)
-    codes = torch.randn(count, rank, generator=generator) * spectrum[:rank] / (len(population) - 1) ** 0.5
+    rank = min(256, len(population))
+    codes = torch.randn(count, rank, generator=generator) * spectrum[:rank] / len(population) ** 0.5
     noise = torch.randn(count, size, generator=generator)
     noise *= noise_distance / noise.norm(dim=1, keepdim=True)
     return {
         "mean_of_16_aligned": means,
-        "gaussian": mean + centred.std(0) * torch.randn(count, size, generator=generator),
+        "gaussian": mean + centred.std(0, correction=0) * torch.randn(count, size, generator=generator),
         "pca_gaussian": mean + codes @ basis[:rank],
         "noise": final[torch.randint(len(final), (count,), generator=generator)] + noise,
         "nearest_prompt_retrieval": nearest,
