@@ -220,7 +220,8 @@ def _judgement(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     wins = report["nulls_at_least_as_accurate"]
     steps = one["adam_steps_to_match"]
     matched = f"{steps} Adam steps match it" if steps is not None else "no tried Adam step matches it"
-    fresh = f"distance ratio {novelty['ratio']:.2f}, dispersion {novelty['dispersion']:.2f}"
+    ratio, spread = ("unknown" if novelty[k] is None else f"{novelty[k]:.2f}" for k in ("ratio", "dispersion"))
+    fresh = f"distance ratio {ratio}, dispersion {spread}"
     text = f"test accuracy {one['accuracy_mean']:.3f} (trained networks {one['trained_accuracy_mean']:.3f}); {matched}"
     return [
         ("one pass", text, "figures/optimisers.png"),
