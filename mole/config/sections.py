@@ -167,6 +167,13 @@ class HarvestConfig(Section):
 class GeneratorConfig(Section):
     """The diffusion transformer, and how it sees weights."""
 
+    model: Literal["mole", "gpt"] = "mole"
+    """`gpt` is G.pt (Peebles et al. 2022), the baseline."""
+    process: Literal["cosine", "linear"] = "cosine"
+    """Noise schedule: cosine down to pure noise, sampled in one evaluation or a few (DDIM), or G.pt's: linear, sampled
+    by ancestral steps (DDPM)."""
+    scale: Literal["tensor", "global"] = "tensor"
+    """Weights are divided by the standard deviation of their tensor, or all by one."""
     view: Literal["neurons", "classes", "chunks", "graph", "flat", "latent"] = "neurons"
     """What its tokens are: neurons, neurons and outputs, pieces of tensors (G.pt's), the parameter graph, all at once,
     or a learned code."""
@@ -184,6 +191,8 @@ class GeneratorConfig(Section):
     trained."""
     data: bool = False
     """Whether it also reads a labelled support set of the data, and the start's gradient on it (`classes` only)."""
+    parameters: Annotated[int, Field(ge=10_000)] | None = None
+    """Size dial: the widest transformer of at most so many parameters; null takes `width`."""
     width: Count = 128
     layers: Count = 4
     heads: Count = 4
@@ -193,6 +202,13 @@ class GeneratorConfig(Section):
     def _settings_agree(self) -> "GeneratorConfig":
         if self.data and self.view != "classes":
             raise ValueError(f"data needs view classes, whose outputs are told by their examples; found {self.view}")
+        if self.model == "gpt" and (
+            (self.view, self.conditions) != ("chunks", ["start_loss", "target_loss"]) or self.symmetry == "equivariant"
+        ):
+            raise ValueError(
+                f"model gpt has view chunks, conditions [start_loss, target_loss] and symmetry none, augment or "
+                f"canonical; found {self.view}, {self.conditions}, {self.symmetry}"
+            )
         if len(set(self.conditions)) < len(self.conditions):
             raise ValueError(f"conditions {self.conditions}: legal is each one once")
         if self.symmetry == "equivariant" and self.view not in ("neurons", "classes", "graph"):
@@ -272,6 +288,8 @@ class EvaluateConfig(Section):
     """Starts of each initialisation, and networks of each width, that the zoo does not have; 0 leaves both out."""
     widths: list[Count] = []
     """Widths to generate networks of, whether the zoo has them or not."""
+    evaluations: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Evaluations of the generator per network."""
     repeats: Annotated[int, Field(ge=0)] = 8
     """Draws from one start, for the spread within one condition; 0 leaves it out."""
     support_images: Count = 256

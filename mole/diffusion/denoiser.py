@@ -67,13 +67,15 @@ class Block(nn.Module):
 class OwnLinear(nn.Module):
     """A linear layer of its own for every token, for tokens that are all different (chunks)."""
 
-    def __init__(self, tokens: int, inputs: int, outputs: int) -> None:
+    def __init__(self, tokens: int, inputs: int, outputs: int, *, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(tokens, inputs, outputs).uniform_(-1, 1) / sqrt(inputs))
-        self.bias = nn.Parameter(torch.zeros(tokens, outputs))
+        self.bias = nn.Parameter(torch.zeros(tokens, outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("bti,tio->bto", x, self.weight) + self.bias
+        """(B, T, outputs) of (B, T, inputs)."""
+        found = torch.einsum("bti,tio->bto", x, self.weight)
+        return found if self.bias is None else found + self.bias
 
 
 class ReadEdges(nn.Module):
@@ -115,13 +117,15 @@ class WriteEdges(nn.Module):
 class Own(nn.Module):
     """A linear layer of its own for every token, for tokens that are all different (chunks)."""
 
-    def __init__(self, tokens: int, inputs: int, outputs: int) -> None:
+    def __init__(self, tokens: int, inputs: int, outputs: int, *, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(tokens, inputs, outputs).uniform_(-1, 1) / sqrt(inputs))
-        self.bias = nn.Parameter(torch.zeros(tokens, outputs))
+        self.bias = nn.Parameter(torch.zeros(tokens, outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("bti,tio->bto", x, self.weight) + self.bias
+        """(B, T, outputs) of (B, T, inputs)."""
+        found = torch.einsum("bti,tio->bto", x, self.weight)
+        return found if self.bias is None else found + self.bias
 
 
 class Denoiser(nn.Module):

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from mole.diffusion.card import FORMAT, Card, parse
 from mole.diffusion.codec import Codec
 from mole.diffusion.conditions import CODES, Conditions
-from mole.diffusion.denoiser import Denoiser, Networks
+from mole.diffusion.denoiser import Networks
+from mole.diffusion.models import AnyDenoiser, make_denoiser
 from mole.diffusion.pairs import with_data
 from mole.diffusion.process import Drawn, reverse
 from mole.diffusion.samples import Samples
@@ -68,11 +69,11 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
     """A denoiser with all it needs to draw networks.
 
     Args:
-        denoiser: the network that generates.
+        model: the network that generates.
         codec: between plain weights and what the denoiser sees.
         card: what it is and what it has seen.
         device: where both lie.
-        task: the task whose networks it generates, its data on `device`; loaded at first use when absent.
+        known: the task whose networks it generates, its data on `device`; loaded at first use when absent.
 
     Example:
         >>> generator = mole.load("runs/digits")
@@ -81,9 +82,9 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
     """
 
     def __init__(
-        self, denoiser: Denoiser, codec: Codec, card: Card, device: torch.device, task: Classification | None = None
-    ) -> None:
-        self.denoiser, self.codec, self.card, self.device, self._task = denoiser, codec, card, device, task
+        self, model: AnyDenoiser, codec: Codec, card: Card, device: torch.device, known: Classification | None = None
+    ) -> None:  # other names than in the card, from which the Hugging Face mix-in would fill them
+        self.denoiser, self.codec, self.card, self.device, self._known = model, codec, card, device, known
 
     @property
     def spec(self) -> WeightSpec:
@@ -93,7 +94,7 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
     @cached_property
     def task(self) -> Classification:
         """The task whose networks it generates."""
-        task = self._task or load_task(self.card.task).to(self.device)
+        task = self._known or load_task(self.card.task).to(self.device)
         assert isinstance(task, Classification)
         return task
 
@@ -198,7 +199,8 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
             if "start_loss" in conditions[1]:
                 losses.append(conditions[1]["start_loss"].cpu())
             denoise = _Guided(self.denoiser, codec, start, conditions[0], request.guidance)
-            found = reverse(denoise, noise, request.evaluations)
+            process = self.card.denoiser.process
+            found = reverse(denoise, noise, request.evaluations, kind=process, seeds=part.seeds)
             flat = codec.restore(found.flat)
             drawn.append((flat if elements is None else elements.undo(flat)).cpu())
             calls = denoise.calls
@@ -349,7 +351,7 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         card = self.card.model_copy(update={"weights": file_digest(folder / "model.safetensors")}).sealed()
         write_text(folder / "README.md", card.page())
         write_json(folder / "config.json", card.model_dump(mode="json"))
-        return type(self)(self.denoiser, self.codec, card, self.device, self._task)
+        return type(self)(self.denoiser, self.codec, card, self.device, self._known)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Generator":
@@ -387,7 +389,7 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
             specs = [WeightSpec.of(architecture.build(seed=0)) for architecture in card.architectures]
             codec = Codec(specs[0], card.denoiser, card.scales, tensors.get("codec.reference"))
             views = [codec.of(spec).view for spec in specs]
-            denoiser = Denoiser(views, card.denoiser, numbers=card.examples)
+            denoiser = make_denoiser(views, card.denoiser, numbers=card.examples)
             for name, part in (("denoiser", denoiser), ("codec", codec)):
                 mine = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
                 part.load_state_dict(mine)
@@ -417,7 +419,7 @@ class _Guided:
     """The denoiser with its start and conditions, counted; the prompt may be overdone."""
 
     def __init__(
-        self, denoiser: Denoiser, codec: Codec, start: Tensor, conditions: Conditions, guidance: float
+        self, denoiser: AnyDenoiser, codec: Codec, start: Tensor, conditions: Conditions, guidance: float
     ) -> None:
         self.denoiser, self.codec, self.start, self.conditions = denoiser, codec, start, conditions
         self.guidance, self.calls = guidance, 0

@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from mole.config import TrainConfig
 from mole.diffusion.codec import Codec
-from mole.diffusion.denoiser import Denoiser, Networks
+from mole.diffusion.denoiser import Networks
+from mole.diffusion.models import AnyDenoiser
 from mole.diffusion.pairs import Batch
 from mole.tasks import Classification
 
@@ -30,7 +31,7 @@ class DenoiserTraining(L.LightningModule):
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: AnyDenoiser,
         codecs: Sequence[Codec],
         tasks: Sequence[Classification],
         config: TrainConfig,

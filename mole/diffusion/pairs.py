@@ -280,7 +280,7 @@ class PairBatches(IterableDataset[list[Batch]]):
         augmented = codecs[0].config.symmetry == "augment"
         self.augmentations = [Augmentation(codec.spec, seed=seed) for codec in codecs] if augmented else None
         self.config, self.seed, self.first_step = config, seed, first_step
-        self.schedule = noise_schedule()
+        self.schedule = noise_schedule(codecs[0].config.process)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         for step in range(self.first_step, self.config.steps):

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 
 from mole.checkpoints import Zoo
 from mole.checkpoints.layouts import own_part
-from mole.config import Config
+from mole.config import Config, GeneratorConfig
 from mole.diffusion.card import FORMAT, Card
 from mole.diffusion.codec import Codec
-from mole.diffusion.denoiser import Denoiser
 from mole.diffusion.generator import Generator, Request
+from mole.diffusion.models import AnyDenoiser, make_denoiser
 from mole.diffusion.module import DenoiserTraining
 from mole.diffusion.pairs import PairBatches, PairSource
 from mole.errors import MoleError
@@ -83,7 +83,7 @@ def train_generator(
     codecs = [codec.of(task.spec) for task in source.tasks]
     with Seeded(config.seed):
         numbers = data.task.train.images[0].numel()
-        denoiser = Denoiser([c.view for c in codecs], config.generator, numbers=numbers)
+        denoiser = make_denoiser([c.view for c in codecs], config.generator, numbers=numbers)
     module = DenoiserTraining(denoiser, codecs, source.tasks, config.train, seed=config.seed)
 
     def card() -> Card:
@@ -120,7 +120,7 @@ def make_codec(config: Config, source: PairSource, known: dict[str, Any] | None 
             raise MoleError("generator.symmetry canonical serves one layout only; legal for several: equivariant")
         reference = source.best() if reference is None else reference
         source.canonicalise(Canonical(spec, reference))
-    codec = Codec(spec, config.generator, known["stds"] if known else fit_scales(source), reference)
+    codec = Codec(spec, config.generator, known["stds"] if known else fit_scales(source, config.generator), reference)
     if known:
         codec.load_state_dict(tensors)
         return codec
@@ -133,13 +133,16 @@ def make_codec(config: Config, source: PairSource, known: dict[str, Any] | None 
     return codec
 
 
-def fit_scales(source: PairSource) -> dict[str, float]:
+def fit_scales(source: PairSource, config: GeneratorConfig) -> dict[str, float]:
     """Standard deviation of every tensor over the networks, pooled over all that have the same word."""
     found: dict[str, list[tuple[float, int]]] = {}
     for layout, task in enumerate(source.tasks):
         stds = EntryScale.fit(task.spec, source.chunks(layout)).stds(task.spec)
         for entry, std in zip(task.spec.entries, stds, strict=True):
             found.setdefault(word(entry), []).append((std, entry.size))
+    if config.scale == "global":
+        parts = [part for group in found.values() for part in group]
+        found = dict.fromkeys(found, parts)
     return {name: math.sqrt(sum(std**2 * size for std, size in parts) / sum(size for _, size in parts))
             for name, parts in found.items()}  # fmt: skip
 
@@ -160,9 +163,9 @@ def _trainer(config: Config, device: torch.device, watch: L.Callback) -> L.Train
     )
 
 
-def _averaged(module: DenoiserTraining, device: torch.device) -> Denoiser:
+def _averaged(module: DenoiserTraining, device: torch.device) -> AnyDenoiser:
     denoiser = module.average.module
-    assert isinstance(denoiser, Denoiser)
+    assert isinstance(denoiser, AnyDenoiser)
     return denoiser.to(device).eval()
 
 

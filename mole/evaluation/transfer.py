@@ -34,7 +34,7 @@ class Draw(Protocol):
         starts: Tensor,
         target_loss: Tensor,
         *,
-        evaluations: int = 1,
+        evaluations: int | None = None,
         seeds: Sequence[int] | None = None,
         task: Classification | None = None,
         noise: int = 0,
@@ -44,7 +44,7 @@ class Draw(Protocol):
         Args:
             starts: (N, P).
             target_loss: (N,), in nats.
-            evaluations: wanted per network.
+            evaluations: wanted per network; by default as many as the generator is judged with.
             seeds: of the runs whose sub-tasks the networks are for, (N,).
             task: the task with other networks than usual.
             noise: changes the noise of the generator.

@@ -22,7 +22,7 @@ def evaluate(current: Run) -> Result:
         starts: torch.Tensor,
         target_loss: torch.Tensor,
         *,
-        evaluations: int = 1,
+        evaluations: int | None = None,
         seeds: Sequence[int] | None = None,
         task: Classification | None = None,
         noise: int = 0,
@@ -30,7 +30,7 @@ def evaluate(current: Run) -> Result:
         support = None if seeds is None else examples(own, seeds, settings.support_images, seed)
         architecture = None if task is None else task.architecture
         request = Request(
-            starts, {"target_loss": target_loss}, support, evaluations=evaluations, architecture=architecture
+            starts, {"target_loss": target_loss}, support, architecture, evaluations=evaluations or settings.evaluations
         )
         drawn = generator.draw(request, seed=seed + noise)
         return drawn.flat, drawn.evaluations
@@ -46,7 +46,7 @@ def evaluate(current: Run) -> Result:
             advance(done)
 
         result = judge(exhibits, tick)
-    values = {f"novelty/{key}": value for key, value in result["novelty"].items()}
+    values = {f"novelty/{key}": value for key, value in result["novelty"].items() if value is not None}
     values |= {f"sample/one_pass_{key}": result["one_pass"][key] for key in ("accuracy_mean", "loss_mean")}
     current.log("evaluate", 0, {**values, "sample/alignment_r2": result["alignment"]["r2_mean"]})
     paths = draw_figures(current.folder.figures, result)

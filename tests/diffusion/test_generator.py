@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import mole
 from mole.config import GeneratorConfig
 from mole.diffusion import Generator
 from mole.diffusion.card import FORMAT, Card
@@ -14,7 +15,7 @@ from mole.errors import CorruptFileError, MoleError, PromptWarning
 from mole.files import read_json, write_json
 from mole.representations import neuron_view
 from mole.representations.structure import word
-from mole.tasks import Classification
+from mole.tasks import Architecture, Classification
 
 
 @pytest.fixture
@@ -130,3 +131,93 @@ def test_damaged_and_missing_files_are_named(generator: Generator, tmp_path: Pat
         write_json(tmp_path / "config.json", {**config, **change})
         with pytest.raises(CorruptFileError, match=message):
             Generator.load(tmp_path)
+
+
+def test_a_generator_travels_as_a_hugging_face_folder(generator: Generator, tmp_path: Path) -> None:
+    generator.save(tmp_path / "saved").save_pretrained(tmp_path / "hub")
+    assert {path.name for path in (tmp_path / "hub").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    page = (tmp_path / "hub" / "README.md").read_text()
+    assert "library_name: mole" in page and "64-16-10" in page and "loss 0.1 to 2.4" in page
+    again = mole.Generator.from_pretrained(tmp_path / "hub")
+    assert torch.equal(again.sample(n=2).flat, generator.sample(n=2).flat)
+    with pytest.raises(CorruptFileError, match="truncated or altered"):
+        (tmp_path / "hub" / "model.safetensors").write_bytes(b"x")
+        mole.Generator.from_pretrained(str(tmp_path / "hub"))
+
+
+def test_conditions_are_named_and_each_can_be_left_out(generator: Generator) -> None:
+    with pytest.raises(
+        MoleError, match="target_speed is no condition of this generator; it knows start_loss, target_loss"
+    ):
+        generator.sample(target_speed=3.0)
+    with pytest.raises(MoleError, match=r"n is 0; .*; guidance is -1; .*; target_accuracy is no condition"):
+        generator.sample(n=0, guidance=-1, target_accuracy=0.9)
+    told, free = generator.sample(target_loss=0.3), generator.sample(start_loss=2.3)
+    assert not torch.equal(told.flat, free.flat) and free.provenance[0]["prompt"] == {"start_loss": 2.3}
+    nothing = generator.sample(n=2, starts="none", target_loss=0.3)
+    assert nothing.provenance[0]["start"] == {"kind": "none"} and nothing.network_evaluations == 1
+    assert not torch.equal(nothing.flat[0], nothing.flat[1])
+    with pytest.raises(MoleError, match="starts is 'fersh'; legal is 'fresh', 'none'"):
+        generator.sample(starts="fersh")
+
+
+def test_guidance_overdoes_the_prompt_and_costs_a_second_evaluation(generator: Generator) -> None:
+    plain, free, much = (generator.sample(target_loss=0.3, guidance=g) for g in (1, 0, 3))
+    assert (plain.network_evaluations, much.network_evaluations) == (1, 2)
+    torch.testing.assert_close(much.flat - free.flat, 3 * (plain.flat - free.flat), rtol=1e-3, atol=1e-5)
+    assert much.provenance[0]["prompt"] == {"target_loss": 0.3, "guidance": 3.0}
+
+
+def test_starts_may_be_networks_and_a_foreign_one_is_named_with_both_shapes(
+    generator: Generator, digits: Classification
+) -> None:
+    networks = [digits.architecture.build(seed) for seed in (5, 6)]
+    flat = generator.sample(n=2, starts=digits.initial([5, 6])).flat
+    assert torch.equal(generator.sample(n=2, starts=networks).flat, flat)
+    assert torch.equal(generator.sample(n=2, starts=[network.state_dict() for network in networks]).flat, flat)
+    foreign = nn.Sequential(nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
+    with pytest.raises(MoleError, match=r"starts\[1\]: .*0\.weight.*\(12, 64\).*\(16, 64\)"):
+        generator.sample(n=2, starts=[networks[0], foreign])
+
+
+def test_other_architectures_are_generated_or_refused(generator: Generator) -> None:
+    samples = generator.sample(n=1, architecture=Architecture(kind="mlp", widths=[64, 40, 10]))
+    assert samples[0].module()(torch.rand(2, 64)).shape == (2, 10)
+    with pytest.raises(MoleError, match=r"has seen no linear-weight\[\*,\*\]_1|has seen no 2\.weight"):
+        generator.sample(architecture=Architecture(kind="mlp", widths=[64, 16, 16, 10]))
+    with pytest.raises(
+        MoleError, match="architecture mlp from 30 to 10 numbers; legal for digits is mlp from 64 to 10"
+    ):
+        generator.sample(architecture=Architecture(kind="mlp", widths=[30, 16, 10]))
+
+
+@pytest.fixture
+def reader(digits: Classification) -> Generator:
+    """A generator that reads data."""
+    config = GeneratorConfig(width=16, layers=1, heads=2, view="classes", data=True)
+    codec = Codec(digits.spec, config, {word(entry): 0.1 for entry in digits.spec.entries})
+    card = Card(
+        format=FORMAT, denoiser=config, task=digits.config, architectures=[digits.architecture], scales=codec.stds,
+        ranges={"loss": (0.1, 2.4)}, zoo="zoo", examples=64, train_steps=1, seed=0,
+    )  # fmt: skip
+    denoiser = Denoiser([codec.view], config, numbers=64)
+    return Generator(denoiser.eval(), codec, card, torch.device("cpu"), digits)
+
+
+def test_support_sets_that_cannot_be_are_refused(generator: Generator, reader: Generator) -> None:
+    images, labels = torch.rand(20, 64), torch.arange(20) % 10
+    assert len(reader.sample(n=2, support=(images, labels))) == 2 and len(reader.sample(n=1)) == 1
+    for support, message in (
+        ((images, labels + 5), r"labels \[10, 11, 12, 13, 14\]; legal is whole numbers from 0 to 9"),
+        ((images, labels - 1), r"labels \[-1\]"),
+        ((images, labels.float()), "labels torch.float32"),
+        ((images[:, :-1], labels), r"images \(20, 63\) and labels \(20,\); legal is \(K, 64\)"),
+        ((images, labels[:-1]), r"labels \(19,\)"),
+        ((images.expand(3, -1, -1), labels.expand(3, -1)), "of 3 networks, but 2 are asked for"),
+        ((images * float("nan"), labels), "not finite"),
+        ("nonsense", "legal is a pair"),
+    ):
+        with pytest.raises(MoleError, match=message):
+            reader.sample(n=2, support=support)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(MoleError, match="was not trained to read data"):
+        generator.sample(support=(images, labels))
