@@ -285,10 +285,10 @@ class _Watch(L.Callback):
         heldout = own_part(self.data.heldout, task)
         seeds = heldout.column("seed")[heldout.first.numpy()].tolist()
         starts = heldout.read(heldout.first)
-        support = task.support(seeds, self.config.train.support_images, torch.Generator().manual_seed(0))
-        request = Request(
-            starts, {"target_loss": card.ranges["loss"][0]}, support=support if card.denoiser.data else None
-        )
+        support = None
+        if card.denoiser.data:
+            support = task.support(seeds, self.config.train.support_images, torch.Generator().manual_seed(0))
+        request = Request(starts, {"target_loss": card.ranges["loss"][0]}, support=support)
         drawn = generator.draw(request).flat
         found = task.measure(drawn.to(self.device), "prompt", seeds)
         self.report(
