@@ -61,8 +61,8 @@ def unlearnable(config: Config, stages: tuple[StageName, ...]) -> list[str]:
         )
     if task.name == "cartpole":
         faults.append(
-            "task: cartpole can be harvested, but generators learn classifiers only so far; legal is --only harvest, or "
-            "another task"
+            "task: cartpole can be harvested, but generators learn classifiers only so far; legal is --only harvest, "
+            "or another task"
         )
     return faults
 

@@ -231,6 +231,9 @@ class TrainConfig(Section):
     gradient_clip: Positive = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Largest decay of the moving average of the weights; it is smaller in the first steps."""
+    objective: Literal["mean", "energy", "consistency"] = "mean"
+    """What one evaluation is trained to be: the mean of what may follow, a draw from it by a proper scoring rule of two
+    draws (energy), or where a chain of smaller steps ends (consistency)."""
     function_weight: NonNegative = 100.0
     """Weight of the divergence between what the predicted and the true network compute on training images."""
     function_images: Count = 128

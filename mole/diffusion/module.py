@@ -24,7 +24,7 @@ from mole.tasks import Classification
 class DenoiserTraining(L.LightningModule):
     """Clean-weight prediction, judged in weight space and in function space.
 
-    The loss is the squared error of the normalised weights plus `function_weight` times the
+    The loss is the error of the normalised weights (`train.objective`) plus `function_weight` times the
     Kullback-Leibler divergence, on training images, from the predictions of the true network to those
     of the predicted one: two weight vectors may lie close together and compute different things.
     """
@@ -44,22 +44,38 @@ class DenoiserTraining(L.LightningModule):
         self.tasks, self.codecs, self.config, self.seed = tasks, codecs, config, seed
 
     def training_step(self, batch: list[Batch], batch_index: int) -> dict[str, Tensor]:
-        networks = [
-            Networks(self.codecs[part.layout].view, part.noised, part.start, part.level, part.conditions)
-            for part in batch
-        ]
+        energy = self.config.objective == "energy"
+        passes = [part.noised for part in batch] + [part.again for part in batch if energy]
+        parts = [*batch, *batch] if energy else batch
+        networks = [self._networks(part, noised, part.level) for part, noised in zip(parts, passes, strict=True)]
         predicted = self.denoiser(networks)  # (B, P) per part
-        share = [len(part.level) / sum(len(other.level) for other in batch) for part in batch]
-        errors = [F.mse_loss(found, part.clean) for found, part in zip(predicted, batch, strict=True)]
-        weight_error = sum((s * e for s, e in zip(share, errors, strict=True)), torch.zeros_like(errors[0]))
-        divergence = torch.zeros_like(weight_error)
-        if self.config.function_weight:
-            for weight, found, part in zip(share, predicted, batch, strict=True):
-                divergence = divergence + weight * self._divergence(found, part)
-        loss = weight_error + self.config.function_weight * divergence
-        return {"loss": loss, "weight_error": weight_error.detach(), "divergence": divergence.detach()}
+        wanted = [part.clean for part in batch]
+        if self.config.objective == "consistency":
+            wanted = self._ends(batch)
+        error, divergence = torch.zeros_like(predicted[0][0, 0]), torch.zeros_like(predicted[0][0, 0])
+        for number, part in enumerate(batch):
+            share = len(part.level) / sum(len(other.level) for other in batch)
+            found, clean = predicted[number], wanted[number]
+            if energy:
+                error = error + share * _energy(found, predicted[len(batch) + number], clean)
+            else:
+                error = error + share * F.mse_loss(found, clean)
+            if self.config.function_weight:
+                divergence = divergence + share * self._divergence(found, clean, part)
+        loss = error + self.config.function_weight * divergence
+        return {"loss": loss, "weight_error": error.detach(), "divergence": divergence.detach()}
 
-    def _divergence(self, predicted: Tensor, part: Batch) -> Tensor:
+    def _networks(self, part: Batch, noised: Tensor, level: Tensor) -> Networks:
+        return Networks(self.codecs[part.layout].view, noised, part.start, level, part.conditions)
+
+    @torch.no_grad()
+    def _ends(self, batch: list[Batch]) -> list[Tensor]:
+        """Where the averaged denoiser sees a lower level of the same noise end; without noise the clean weights."""
+        ends = self.average([self._networks(part, part.earlier, part.earlier_level) for part in batch])
+        return [torch.where((part.earlier_level > 0)[:, None], end, part.clean)
+                for part, end in zip(batch, ends, strict=True)]  # fmt: skip
+
+    def _divergence(self, predicted: Tensor, clean: Tensor, part: Batch) -> Tensor:
         task, codec = self.tasks[part.layout], self.codecs[part.layout]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step)
         index = torch.randint(len(task.train), (self.config.function_images,), generator=generator)
@@ -69,7 +85,7 @@ class DenoiserTraining(L.LightningModule):
             images, labels = task.shown(images, task.train.labels[index.to(task.device)], part.seeds)
             there = (labels >= 0) / (labels >= 0).float().mean(1, keepdim=True).clamp_min(1e-6)
         with torch.no_grad():
-            wanted = task.logits(codec.restore(part.clean), images, own=own).log_softmax(-1)  # (B, I, C)
+            wanted = task.logits(codec.restore(clean), images, own=own).log_softmax(-1)  # (B, I, C)
         found = task.logits(codec.restore(predicted), images, own=own).log_softmax(-1)  # (B, I, C)
         return (F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1) * there).mean()
 
@@ -88,6 +104,17 @@ class DenoiserTraining(L.LightningModule):
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _energy(one: Tensor, other: Tensor, true: Tensor) -> Tensor:
+    """Energy score of two draws (B, P) for what came true: a proper scoring rule, least where draws are distributed as
+    what comes true (Gneiting & Raftery 2007; De Bortoli et al. 2025). Root-mean-square distances over the weights."""
+    near = (_distance(one, true) + _distance(other, true)) / 2
+    return (near - _distance(one, other) / 2).mean()
+
+
+def _distance(one: Tensor, other: Tensor) -> Tensor:
+    return ((one - other).square().mean(1) + 1e-8).sqrt()
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:

@@ -47,6 +47,12 @@ class Batch(NamedTuple):
     level: Tensor
     conditions: Conditions
     seeds: list[int]
+    again: Tensor
+    """(B, P): the same networks under other noise of the same level."""
+    earlier: Tensor
+    """(B, P): under the same noise at a lower level; where there is none, without noise."""
+    earlier_level: Tensor
+    """(B,)."""
 
 
 class PairSource(Protocol):
@@ -289,9 +295,9 @@ class PairBatches(IterableDataset[list[Batch]]):
     def batch(self, step: int) -> list[Batch]:
         """The pairs of one step; noise levels are uniform, and a share is pure noise."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        return [self._noised(*part, generator) for part in self.source.pairs(self.config, generator)]
+        return [self._noised(*part, step, generator) for part in self.source.pairs(self.config, generator)]
 
-    def _noised(self, layout: int, pairs: Pairs, generator: torch.Generator) -> Batch:
+    def _noised(self, layout: int, pairs: Pairs, step: int, generator: torch.Generator) -> Batch:
         config, codec, size = self.config, self.codecs[layout], len(pairs.start)
         last = self.schedule.config["num_train_timesteps"] - 1
         timestep = torch.randint(last + 1, (size,), generator=generator)
@@ -309,7 +315,21 @@ class PairBatches(IterableDataset[list[Batch]]):
         noise = torch.randn(clean.shape, generator=generator)
         noised = self.schedule.add_noise(clean, noise, cast(torch.IntTensor, timestep))
         level = noise_level(self.schedule, timestep)
-        return Batch(layout, noised, start, clean, level, conditions, pairs.seeds)
+        again, earlier, earlier_level = noised, clean, torch.zeros_like(level)
+        if config.objective == "energy":
+            other = torch.randn(clean.shape, generator=generator)
+            again = self.schedule.add_noise(clean, other, cast(torch.IntTensor, timestep))
+        if config.objective == "consistency":
+            before = timestep - max(1, round(self._gap(step) * (last + 1)))
+            there, lower = before >= 0, cast(torch.IntTensor, before.clamp_min(0))
+            earlier = torch.where(there[:, None], self.schedule.add_noise(clean, noise, lower), clean)
+            earlier_level = torch.where(there, noise_level(self.schedule, lower), 0.0)
+        return Batch(layout, noised, start, clean, level, conditions, pairs.seeds, again, earlier, earlier_level)
+
+    def _gap(self, step: int) -> float:
+        """Distance between two levels of a chain of consistent predictions: it halves from 1/2 to 1/32 (Song &
+        Dhariwal 2023)."""
+        return 2.0 ** -(1 + int(5 * step / self.config.steps))
 
     def _conditions(self, layout: int, start: Tensor, pairs: Pairs, generator: torch.Generator) -> Conditions:
         """What is known of the pairs, with parts of it left out at random."""
