@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -248,6 +251,29 @@ def test_a_generator_of_subtasks_is_told_of_them_by_examples(tmp_path: Path) -> 
     assert not torch.equal(one.flat, other.flat)
     again = generator.sample(n=2, support=(images.flip(0), labels.flip(0)), target_loss=0.3)
     torch.testing.assert_close(again.flat, one.flat, rtol=1e-4, atol=1e-5)  # in any order
+
+
+def test_two_processes_train_one_generator_and_the_first_alone_writes(tmp_path: Path) -> None:
+    arguments = ("configs/tiny.yaml", "--train.steps", "20", "--train.log_every", "10", "--out", str(tmp_path))
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "train.py"), *arguments]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("train: finished") == 1
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert sum(row.startswith("train,10,train/loss,") for row in rows) == 1
+    assert len(mole.load(tmp_path).sample(n=2)) == 2
+    again = run_command(*arguments)
+    assert again.returncode == 0 and again.stdout.count("skipped") == 5
+    odd = [*command[:-2], "--train.batch_size", "31", *command[-2:]]
+    odd[-1] = str(tmp_path / "odd")
+    refused = subprocess.run(
+        [sys.executable, *odd], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert refused.returncode != 0 and "train.batch_size 31 does not divide among 2 processes" in refused.stderr
 
 
 def test_tasks_that_generators_cannot_learn_yet_say_so(tmp_path: Path) -> None:

@@ -162,6 +162,11 @@ def _show_plan(request: Request) -> None:
 
 
 def _execute(request: Request) -> int:
+    if int(os.environ.get("RANK", "0")):  # of torchrun: the first process does everything but a part of the training
+        from mole.pipeline.helper import assist
+
+        assist(request.config, request.out, request.stages)
+        return 0
     with locked(request.out / ".lock", "another process is running there"):
         return _run(request)
 

@@ -41,6 +41,7 @@ class DenoiserTraining(L.LightningModule):
         super().__init__()
         self.denoiser = denoiser
         self.average = AveragedModel(denoiser, avg_fn=_average(config.ema_decay))
+        self.average.requires_grad_(requires_grad=False)
         self.tasks, self.codecs, self.config, self.seed = tasks, codecs, config, seed
 
     def training_step(self, batch: list[Batch], batch_index: int) -> dict[str, Tensor]:

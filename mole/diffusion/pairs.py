@@ -3,6 +3,7 @@
 Dimensions: P parameters, B pairs, n checkpoints.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +24,9 @@ from mole.diffusion.process import noise_level, noise_schedule
 from mole.files import value_digest
 from mole.representations.handling import Augmentation, Canonical, Elements
 from mole.tasks import Classification
+
+PROCESS_SEEDS = 2**48
+"""Between the seeds of batches of two processes that train together."""
 
 
 class Pairs(NamedTuple):
@@ -285,7 +289,9 @@ class PairBatches(IterableDataset[list[Batch]]):
         self.source, self.codecs = source, codecs
         augmented = codecs[0].config.symmetry == "augment"
         self.augmentations = [Augmentation(codec.spec, seed=seed) for codec in codecs] if augmented else None
-        self.config, self.seed, self.first_step = config, seed, first_step
+        self.rank, world = (int(os.environ.get(name, other)) for name, other in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.config = config.model_copy(update={"batch_size": max(1, config.batch_size // world)})
+        self.seed, self.first_step = seed, first_step
         self.schedule = noise_schedule(codecs[0].config.process)
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -293,8 +299,11 @@ class PairBatches(IterableDataset[list[Batch]]):
             yield self.batch(step)
 
     def batch(self, step: int) -> list[Batch]:
-        """The pairs of one step; noise levels are uniform, and a share is pure noise."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        """The pairs of one step; noise levels are uniform, and a share is pure noise.
+
+        Where several processes train together, each draws its own part.
+        """
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + self.rank * PROCESS_SEEDS)
         return [self._noised(*part, step, generator) for part in self.source.pairs(self.config, generator)]
 
     def _noised(self, layout: int, pairs: Pairs, step: int, generator: torch.Generator) -> Batch:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -105,6 +106,8 @@ def train_generator(
         _trainer(config, device, watch).fit(module, loader, ckpt_path=resume, weights_only=True)
     except SystemExit:  # Lightning turns Ctrl-C into an exit
         raise KeyboardInterrupt from None
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # left to the interpreter's exit, its threads abort now and then
     return Generator(_averaged(module, device), codec, card(), device, source.tasks[0]), watch.seconds, resumed.seconds
 
 
@@ -149,10 +152,16 @@ def fit_scales(source: PairSource, config: GeneratorConfig) -> dict[str, float]:
 
 def _trainer(config: Config, device: torch.device, watch: L.Callback) -> L.Trainer:
     """Lightning without its own files, bars and summaries: `watch` does what is wanted of them."""
+    world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if config.train.batch_size % world:
+        raise MoleError(f"train.batch_size {config.train.batch_size} does not divide among {world} processes")
     return L.Trainer(
         max_steps=config.train.steps,
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
+        devices=here,
+        num_nodes=world // here,
+        strategy="ddp" if world > 1 else "auto",
+        use_distributed_sampler=False,
         precision="bf16-mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32-true",
         gradient_clip_val=config.train.gradient_clip,
         callbacks=[watch],
@@ -231,6 +240,7 @@ class _Watch(L.Callback):
         self.config, self.data, self.card, self.state = config, data, card, state
         self.device, self.progress, self.report = device, progress, log
         self.started, self.started_step = time.monotonic(), 0
+        self.waited, self.ready = 0.0, 0.0
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         state = self.state
@@ -248,6 +258,13 @@ class _Watch(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.started, self.started_step = time.monotonic(), trainer.global_step
+        self.waited, self.ready = 0.0, 0.0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.ready:
+            self.waited += time.monotonic() - self.ready
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -257,14 +274,18 @@ class _Watch(L.Callback):
         self.progress(step, self.state.source.note())
         if step % train.log_every == 0 or step == train.steps:
             self._log_training(step, outputs, trainer)
-        if step % train.validate_every == 0 or step == train.steps:
+        if (step % train.validate_every == 0 or step == train.steps) and trainer.is_global_zero:
             self._validate(step, pl_module)
         if step % train.checkpoint_every == 0 and step < train.steps:
             self._save(trainer)
+        self.ready = time.monotonic()
 
     def _save(self, trainer: L.Trainer) -> None:
-        with replacing(self.state.path) as temporary:
-            trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            with replacing(self.state.path) as temporary:
+                trainer.save_checkpoint(temporary)
+        else:  # which only takes part in what processes do together
+            trainer.save_checkpoint(self.state.path)
 
     def _log_training(self, step: int, outputs: Any, trainer: L.Trainer) -> None:
         values = {name: float(outputs[name]) for name in ("loss", "weight_error", "divergence")}
@@ -275,7 +296,8 @@ class _Watch(L.Callback):
             )
         rate = (step - self.started_step) / max(1e-9, time.monotonic() - self.started)
         learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
-        values |= {"learning_rate": learning_rate, "steps_per_second": rate}
+        wait = self.waited / max(1e-9, time.monotonic() - self.started)
+        values |= {"learning_rate": learning_rate, "steps_per_second": rate, "data_wait": wait}
         self.report(step, {f"train/{name}": value for name, value in values.items()})
 
     def _validate(self, step: int, module: DenoiserTraining) -> None:

@@ -1,5 +1,6 @@
 """Run the stages of a configuration in a run folder, skipping what is done."""
 
+import os
 import resource
 import sys
 import time
@@ -93,9 +94,11 @@ def choose_device(config: Config) -> torch.device:
     """
     if config.runtime.device == "cuda" and not torch.cuda.is_available():
         raise MoleError("runtime.device is cuda, but PyTorch finds no such device; legal here: auto, cpu")
-    if config.runtime.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.runtime.device)
+    if config.runtime.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Stage 2: train the generator."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from mole.checkpoints.stream import Reservoir
+from mole.checkpoints.stream import Flow, Reservoir
 from mole.diffusion.generator import Generator, versions
 from mole.diffusion.pairs import PairSource, StreamPairs, ZooPairs
 from mole.pipeline.current import Result, Run
@@ -11,6 +13,36 @@ from mole.stages import fingerprint
 
 def train(current: Run) -> Result:
     """Train the generator; its state is on disk every few hundred steps."""
+    config, folder = current.config, current.folder
+    made = learn(current)
+    generator = made.generator.save(folder.generator)
+    current.ledger.append([_record(current, generator)])
+    report = {
+        "parameters": sum(p.numel() for p in generator.denoiser.parameters()), "steps": config.train.steps,
+        "seconds": made.seconds, "steps_per_second": config.train.steps / max(made.seconds, 1e-9),
+        "resumed_from_step": made.resumed_from, "digest": generator.digest,
+    }  # fmt: skip
+    if made.flow is not None:
+        report["stream"] = made.flow.report()
+    outputs = [folder.generator / name for name in ("config.json", "model.safetensors", "README.md")]
+    return outputs, {"train": report, "seconds_before": made.before}
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a training leaves."""
+
+    generator: Generator
+    seconds: float
+    before: float
+    """Seconds of earlier sessions."""
+    resumed_from: int
+    flow: Flow | None
+    """Of a stream."""
+
+
+def learn(current: Run, *, first: bool = True) -> Learned:
+    """Train the generator, or take part in its training: only the `first` process writes."""
     from mole.diffusion.training import Data, train_generator  # Lightning takes seconds to import
 
     config, folder = current.config, current.folder
@@ -20,7 +52,8 @@ def train(current: Run) -> Result:
     resumed_from = 0
 
     def record(group: dict[str, Any]) -> None:
-        current.ledger.append([{"kind": "entity", "type": "streamed group", **group, "wasGeneratedBy": streamed}])
+        if first:
+            current.ledger.append([{"kind": "entity", "type": "streamed group", **group, "wasGeneratedBy": streamed}])
 
     task = current.classifier(current.device)
 
@@ -33,35 +66,24 @@ def train(current: Run) -> Result:
     def on_resume(step: int) -> None:
         nonlocal resumed_from
         resumed_from = step
-        current.metrics.rewind("train", step)
+        if first:
+            current.metrics.rewind("train", step)
+
+    def log(step: int, values: Mapping[str, float]) -> None:
+        if first:
+            current.log("train", step, dict(values))
 
     data = Data(task, source, current.heldout)
     try:
         with current.reporter.stage("train", config.train.steps, "steps") as advance:
             generator, seconds, before = train_generator(
-                config,
-                data,
-                folder.training_state,
-                identity=fingerprint(config, folder, "train"),
-                device=current.device,
-                progress=advance,
-                log=lambda step, values: current.log("train", step, dict(values)),
-                on_resume=on_resume,
-            )
+                config, data, folder.training_state, identity=fingerprint(config, folder, "train"),
+                device=current.device, progress=advance, log=log, on_resume=on_resume,
+            )  # fmt: skip
     finally:
         for reservoir in stream:
             reservoir.close()
-    generator = generator.save(folder.generator)
-    current.ledger.append([_record(current, generator)])
-    report = {
-        "parameters": sum(p.numel() for p in generator.denoiser.parameters()), "steps": config.train.steps,
-        "seconds": seconds, "steps_per_second": config.train.steps / max(seconds, 1e-9),
-        "resumed_from_step": resumed_from, "digest": generator.digest,
-    }  # fmt: skip
-    for reservoir in stream:
-        report["stream"] = reservoir.flow.report()
-    outputs = [folder.generator / name for name in ("config.json", "model.safetensors", "README.md")]
-    return outputs, {"train": report, "seconds_before": before}
+    return Learned(generator, seconds, before, resumed_from, stream[0].flow if stream else None)
 
 
 def _record(current: Run, generator: Generator) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Dimensions: N runs, K labels, B images, D numbers per image.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple
 
@@ -61,21 +62,27 @@ def draw(config: SubtaskConfig, seeds: Sequence[int], *, classes: int, numbers: 
     Raises:
         MoleError: more labels than there are, or images to be turned that are not square.
     """
+    settings = config.model_dump_json()
+    rows = [_one(settings, seed, classes, numbers) for seed in seeds]
+    names, angles, seen = zip(*rows, strict=True)
+    return Subtasks(torch.stack(names), torch.tensor(angles), torch.stack(seen))
+
+
+@lru_cache(2**16)
+def _one(settings: str, seed: int, classes: int, numbers: int) -> tuple[Tensor, float, Tensor]:
+    """Names (K,), angle, and seen pixels (D,)."""
+    config = SubtaskConfig.model_validate_json(settings)
     low, high = config.labels or (classes, classes)
     if high > classes:
         raise MoleError(f"task.subtasks.labels is {config.labels}; legal is at most {classes} labels")
     if config.rotate and isqrt(numbers) ** 2 != numbers:
         raise MoleError(f"task.subtasks.rotate: rows of {numbers} numbers are no square images; legal is 0")
-    names, angles, seen = [], [], []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(SUBTASK_SEEDS + seed)
-        count = int(torch.randint(low, high + 1, (), generator=generator))
-        left = torch.randperm(classes, generator=generator)[count:]
-        order = torch.randperm(classes, generator=generator)
-        called = order if config.rename else torch.arange(classes)
-        names.append(called.index_fill(0, left, -1))
-        angles.append(math.radians(config.rotate) * float(2 * torch.rand((), generator=generator) - 1))
-        share = config.pixels + (1 - config.pixels) * float(torch.rand((), generator=generator))
-        kept = torch.randperm(numbers, generator=generator)[: max(1, round(share * numbers))]
-        seen.append(torch.zeros(numbers, dtype=torch.bool).index_fill(0, kept, value=True))
-    return Subtasks(torch.stack(names), torch.tensor(angles), torch.stack(seen))
+    generator = torch.Generator().manual_seed(SUBTASK_SEEDS + seed)
+    count = int(torch.randint(low, high + 1, (), generator=generator))
+    left = torch.randperm(classes, generator=generator)[count:]
+    order = torch.randperm(classes, generator=generator)
+    names = (order if config.rename else torch.arange(classes)).index_fill(0, left, -1)
+    angle = math.radians(config.rotate) * float(2 * torch.rand((), generator=generator) - 1)
+    share = config.pixels + (1 - config.pixels) * float(torch.rand((), generator=generator))
+    kept = torch.randperm(numbers, generator=generator)[: max(1, round(share * numbers))]
+    return names, angle, torch.zeros(numbers, dtype=torch.bool).index_fill(0, kept, value=True)
