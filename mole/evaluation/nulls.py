@@ -50,7 +50,7 @@ def null_models(
     population = distance.align(final[:ALIGNED], final[0])
     mean, centred = population.mean(0), population - population.mean(0)
     _, spectrum, basis = torch.linalg.svd(centred, full_matrices=False)
-    rank = min(256, len(population))
+    rank = min(256, len(spectrum))
     codes = torch.randn(count, rank, generator=generator) * spectrum[:rank] / len(population) ** 0.5
     noise = torch.randn(count, size, generator=generator)
     noise *= noise_distance / noise.norm(dim=1, keepdim=True)
