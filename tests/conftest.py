@@ -17,6 +17,12 @@ from mole.tasks import Classification, Split, load_task
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Every test draws what it would draw alone."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def digits() -> Classification:
     task = load_task(TaskConfig(name="digits", width=16, steps=20))
