@@ -401,6 +401,7 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
             codec.to(place)
         except (RuntimeError, AssertionError) as error:
             raise MoleError(f"device {str(device)!r}: {error}; legal is cpu, or cuda where PyTorch finds it") from None
+        denoiser.requires_grad_(requires_grad=False)  # attention rounds otherwise where gradients may be asked for
         return cls(denoiser.eval(), codec.eval(), card, place)
 
     def _save_pretrained(self, save_directory: Path) -> None:
