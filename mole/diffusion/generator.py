@@ -85,6 +85,7 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         self, model: AnyDenoiser, codec: Codec, card: Card, device: torch.device, known: Classification | None = None
     ) -> None:  # other names than in the card, from which the Hugging Face mix-in would fill them
         self.denoiser, self.codec, self.card, self.device, self._known = model, codec, card, device, known
+        model.requires_grad_(requires_grad=False)  # where gradients may be asked for, attention rounds otherwise
 
     @property
     def spec(self) -> WeightSpec:
@@ -401,7 +402,6 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
             codec.to(place)
         except (RuntimeError, AssertionError) as error:
             raise MoleError(f"device {str(device)!r}: {error}; legal is cpu, or cuda where PyTorch finds it") from None
-        denoiser.requires_grad_(requires_grad=False)  # attention rounds otherwise where gradients may be asked for
         return cls(denoiser.eval(), codec.eval(), card, place)
 
     def _save_pretrained(self, save_directory: Path) -> None:
