@@ -320,6 +320,8 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads; 0 uses every core."""
+    compile: bool = False
+    """Whether the generator's blocks are compiled for its training; worth it on a GPU."""
 
 
 class Config(Section):

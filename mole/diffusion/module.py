@@ -48,7 +48,7 @@ class DenoiserTraining(L.LightningModule):
         energy = self.config.objective == "energy"
         passes = [part.noised for part in batch] + [part.again for part in batch if energy]
         parts = [*batch, *batch] if energy else batch
-        networks = [self._networks(part, noised, part.level) for part, noised in zip(parts, passes, strict=True)]
+        networks = [self.networks(part, noised, part.level) for part, noised in zip(parts, passes, strict=True)]
         predicted = self.denoiser(networks)  # (B, P) per part
         wanted = [part.clean for part in batch]
         if self.config.objective == "consistency":
@@ -66,13 +66,14 @@ class DenoiserTraining(L.LightningModule):
         loss = error + self.config.function_weight * divergence
         return {"loss": loss, "weight_error": error.detach(), "divergence": divergence.detach()}
 
-    def _networks(self, part: Batch, noised: Tensor, level: Tensor) -> Networks:
+    def networks(self, part: Batch, noised: Tensor, level: Tensor) -> Networks:
+        """A part of a batch as the denoiser takes it, under some noise."""
         return Networks(self.codecs[part.layout].view, noised, part.start, level, part.conditions)
 
     @torch.no_grad()
     def _ends(self, batch: list[Batch]) -> list[Tensor]:
         """Where the averaged denoiser sees a lower level of the same noise end; without noise the clean weights."""
-        ends = self.average([self._networks(part, part.earlier, part.earlier_level) for part in batch])
+        ends = self.average([self.networks(part, part.earlier, part.earlier_level) for part in batch])
         return [torch.where((part.earlier_level > 0)[:, None], end, part.clean)
                 for part, end in zip(batch, ends, strict=True)]  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch.utils.data import DataLoader
 
 from mole.checkpoints import Zoo
@@ -23,6 +24,7 @@ from mole.diffusion.generator import Generator, Request
 from mole.diffusion.models import AnyDenoiser, make_denoiser
 from mole.diffusion.module import DenoiserTraining
 from mole.diffusion.pairs import PairBatches, PairSource
+from mole.diffusion.speed import operations, peak
 from mole.errors import MoleError
 from mole.files import remove, replacing
 from mole.reporting import Advance
@@ -95,6 +97,9 @@ def train_generator(
             examples=numbers, zoo=source.digest, train_steps=config.train.steps, seed=config.seed,
         )  # fmt: skip
 
+    if config.runtime.compile:
+        for block in module.denoiser.blocks:
+            block.compile()
     progress(resumed.step)
     batches = PairBatches(source, codecs, config.train, seed=config.seed, first_step=resumed.step)
     kept = _State(state, identity, resumed.seconds, codec, source)
@@ -104,11 +109,32 @@ def train_generator(
         resume = str(state) if resumed.step else None
         loader = DataLoader(batches, batch_size=None)
         _trainer(config, device, watch).fit(module, loader, ckpt_path=resume, weights_only=True)
+    except torch.OutOfMemoryError as error:
+        raise MoleError(
+            f"train.batch_size {config.train.batch_size} does not fit into the memory of {device} "
+            f"({str(error).splitlines()[0]}); {_fits(module, source, config, device)}"
+        ) from None
     except SystemExit:  # Lightning turns Ctrl-C into an exit
         raise KeyboardInterrupt from None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # left to the interpreter's exit, its threads abort now and then
     return Generator(_averaged(module, device), codec, card(), device, source.tasks[0]), watch.seconds, resumed.seconds
+
+
+def _fits(module: DenoiserTraining, source: PairSource, config: Config, device: torch.device) -> str:
+    """The largest half, quarter, ... of the batch that fits, in words."""
+    size = config.train.batch_size // 2
+    while size:
+        smaller = config.train.model_copy(update={"batch_size": size})
+        module.zero_grad(set_to_none=True)
+        try:
+            parts = PairBatches(source, module.codecs, smaller, seed=config.seed).batch(0)
+            module.training_step(move_data_to_device(parts, device), 0)["loss"].backward()
+        except torch.OutOfMemoryError:
+            size //= 2
+        else:
+            return f"{size} would; the training continues from where it was"
+    return "not even 1 would: lower generator.width"
 
 
 def make_codec(config: Config, source: PairSource, known: dict[str, Any] | None = None) -> Codec:
@@ -240,6 +266,7 @@ class _Watch(L.Callback):
         self.config, self.data, self.card, self.state = config, data, card, state
         self.device, self.progress, self.report = device, progress, log
         self.started, self.started_step = time.monotonic(), 0
+        self.operations = 0
         self.waited, self.ready = 0.0, 0.0
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -265,6 +292,10 @@ class _Watch(L.Callback):
     ) -> None:
         if self.ready:
             self.waited += time.monotonic() - self.ready
+        if not self.operations:
+            assert isinstance(pl_module, DenoiserTraining)
+            networks = [pl_module.networks(part, part.noised, part.level) for part in batch]
+            self.operations = operations(pl_module.denoiser, networks)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -298,6 +329,9 @@ class _Watch(L.Callback):
         learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
         wait = self.waited / max(1e-9, time.monotonic() - self.started)
         values |= {"learning_rate": learning_rate, "steps_per_second": rate, "data_wait": wait}
+        values["tflops"] = rate * self.operations / 1e12
+        if (most := peak(self.device)) is not None:
+            values["mfu"] = rate * self.operations / most
         self.report(step, {f"train/{name}": value for name, value in values.items()})
 
     def _validate(self, step: int, module: DenoiserTraining) -> None:

@@ -2,14 +2,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from mole.checkpoints import Zoo
-from mole.config import Config, load
+from mole.config import Config, GeneratorConfig, load
+from mole.diffusion.conditions import Conditions
+from mole.diffusion.denoiser import Denoiser, Networks
 from mole.diffusion.generator import Request
-from mole.diffusion.module import DenoiserTraining, learning_rate_factor
+from mole.diffusion.module import DenoiserTraining, _energy, learning_rate_factor
 from mole.diffusion.pairs import Batch, PairBatches, ZooPairs, choose_states
+from mole.diffusion.speed import operations
 from mole.diffusion.training import Data, make_codec, train_generator
 from mole.errors import MoleError
+from mole.representations import WeightSpec, neuron_view
 from mole.tasks import Classification
 
 CPU = torch.device("cpu")
@@ -87,9 +92,6 @@ def test_states_of_short_and_long_runs_are_chosen_within_them() -> None:
 def test_the_divergence_is_zero_for_the_true_network_and_positive_otherwise(
     toy: Classification, zoo: Zoo, source: ZooPairs
 ) -> None:
-    from mole.diffusion.denoiser import Denoiser
-    from mole.representations import neuron_view
-
     codec = make_codec(CONFIG, source)
     denoiser = Denoiser([neuron_view(zoo.spec)], CONFIG.generator)
     module = DenoiserTraining(denoiser, [codec], [toy], CONFIG.train, seed=0)
@@ -214,3 +216,70 @@ def test_all_states_of_a_run_follow_its_last_one(toy: Classification, zoo: Zoo) 
     last = after[zoo.last]
     torch.testing.assert_close(codec.canonical.elements(last).act(last), last, rtol=1e-4, atol=1e-5)  # idempotent
     torch.testing.assert_close(source.elements[runs].undo(after), before, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_that_is_too_large_is_told_with_one_that_fits(
+    toy: Classification, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = DenoiserTraining.training_step
+
+    def tight(self: DenoiserTraining, batch: list[Batch], index: int) -> dict[str, torch.Tensor]:
+        if sum(len(part.level) for part in batch) > 3:
+            raise torch.OutOfMemoryError("tried to allocate 5 GiB")
+        return step(self, batch, index)
+
+    monkeypatch.setattr(DenoiserTraining, "training_step", tight)
+    with pytest.raises(MoleError, match=r"batch_size 8 does not fit .*5 GiB\); 2 would; the training continues"):
+        train(CONFIG, toy, zoo, tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("objective", ["energy", "consistency"])
+def test_every_objective_trains_and_resumes_bit_for_bit(
+    objective: str, toy: Classification, zoo: Zoo, tmp_path: Path
+) -> None:
+    settings = {"objective": objective, "steps": 8}
+    config = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update=settings)})
+    whole, _ = train(config, toy, zoo, tmp_path / "a.ckpt")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, toy, zoo, tmp_path / "b.ckpt", stop_at=6)
+    resumed, _ = train(config, toy, zoo, tmp_path / "b.ckpt")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    mean = CONFIG.model_copy(update={"train": config.train.model_copy(update={"objective": "mean"})})
+    plain, _ = train(mean, toy, zoo, tmp_path / "c.ckpt")
+    assert any(not torch.equal(whole[name], plain[name]) for name in whole)
+
+
+def test_the_energy_score_is_least_for_the_true_distribution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(4000, 6, generator=generator)
+
+    def score(spread: float) -> float:
+        one, other = torch.randn(2, 4000, 6, generator=generator) * spread
+        return float(_energy(one, other, true))
+
+    scores = {spread: score(spread) for spread in (0.0, 0.5, 1.0, 1.5, 2.0)}
+    assert min(scores, key=lambda spread: scores[spread]) == 1.0, scores
+
+
+def test_a_chain_of_consistent_predictions_ends_at_the_clean_weights(source: ZooPairs) -> None:
+    config = replace_train(CONFIG, one_pass_fraction=0.0)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"objective": "consistency"})})
+    for step in (0, 11):
+        part = batch_of(source, step, config)
+        ends = part.earlier_level == 0
+        assert bool((part.earlier_level <= part.level).all()) and torch.equal(part.earlier[ends], part.clean[ends])
+        gap = (part.level - part.earlier_level)[~ends]
+        torch.testing.assert_close(gap, torch.full_like(gap, 2.0 ** -(1 + int(5 * step / 12))), rtol=0, atol=2e-3)
+
+
+def test_operations_are_counted_by_hand() -> None:
+    layers = GeneratorConfig(width=8, layers=1, heads=1, mlp_ratio=2, conditions=["target_loss"])
+    view = neuron_view(WeightSpec.of(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))))
+    flat = torch.zeros(5, view.spec.size)
+    asked = Conditions.of(layers.conditions, 5, {"target_loss": 1.0})
+    found = operations(Denoiser([view], layers), [Networks(view, flat, flat, torch.ones(5), asked)])
+    tokens = 3  # two neurons, one output bias
+    block = 2 * 5 * tokens * 8 * (3 * 8 + 8 + 2 * 16) + 2 * 5 * 8 * 6 * 8
+    ends = 2 * 5 * (2 * (10 * 8 + 8 * 5) + (2 * 8 + 8)) + 2 * 2 * 64 * 8  # read and write; depths of two kinds
+    conditions = 2 * 5 * (3 * 64 * 8 + 8 * 8) + 2 * 2 * 8 + 2 * 5 * 8 * 16
+    assert found == 3 * (block + ends + conditions)
