@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -283,3 +284,15 @@ def test_operations_are_counted_by_hand() -> None:
     ends = 2 * 5 * (2 * (10 * 8 + 8 * 5) + (2 * 8 + 8)) + 2 * 2 * 64 * 8  # read and write; depths of two kinds
     conditions = 2 * 5 * (3 * 64 * 8 + 8 * 8) + 2 * 2 * 8 + 2 * 5 * 8 * 16
     assert found == 3 * (block + ends + conditions)
+
+
+def test_compiled_blocks_train_to_the_same_generator(toy: Classification, zoo: Zoo, tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
+    config = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"steps": 3})})
+    plain, _ = train(config, toy, zoo, tmp_path / "a.ckpt")
+    faster = config.model_copy(update={"runtime": config.runtime.model_copy(update={"compile": True})})
+    compiled, _ = train(faster, toy, zoo, tmp_path / "b.ckpt")
+    assert compiled.keys() == plain.keys()
+    for name, weights in plain.items():
+        torch.testing.assert_close(compiled[name], weights, rtol=1e-3, atol=1e-5)
