@@ -34,7 +34,7 @@ Tick = Callable[[], None]
 PARTS = 7
 REFERENCES = 64
 """Training networks whose leave-one-out distances stand for all."""
-MOST = 4096
+MOST = 2**14
 """Training networks that distances are measured to, at most."""
 
 
