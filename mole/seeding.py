@@ -1,5 +1,6 @@
-"""Random numbers that no other thread can disturb."""
+"""Random numbers that no other thread can disturb, and that no other purpose shares."""
 
+import hashlib
 from typing import Any
 
 import torch
@@ -10,6 +11,21 @@ DRAWS = {
     "randint", "randn", "randperm", "random_", "trunc_normal_", "uniform_",
 }  # fmt: skip
 """Functions of PyTorch that take a generator, as they are called from Python."""
+
+
+def derived(purpose: str, *numbers: int) -> int:
+    """A seed for a purpose, of the numbers alone.
+
+    PyTorch's generator on the CPU reads the lowest 32 bits of a seed and nothing else: seeds told apart by an offset of
+    2**32 or more would draw the same numbers, and what was drawn for one purpose would tell of another.
+    """
+    text = ":".join([purpose, *map(str, numbers)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
+
+
+def stream(purpose: str, *numbers: int) -> torch.Generator:
+    """A generator for a purpose, on the CPU."""
+    return torch.Generator().manual_seed(derived(purpose, *numbers))
 
 
 class Seeded(TorchFunctionMode):

@@ -59,6 +59,19 @@ def unlearnable(config: Config, stages: tuple[StageName, ...]) -> list[str]:
             f"generator.data is {str(generator.data).lower()}, and task.subtasks {differ}; legal is generator.data "
             "where sub-tasks differ, and only there"
         )
+    train = config.train
+    if generator.model == "gpt" and (train.drop_fraction or train.drop_start_fraction):
+        faults.append(
+            "generator.model gpt needs a start, its loss and a wanted loss; legal is train.drop_fraction 0 and "
+            "train.drop_start_fraction 0"
+        )
+    if config.evaluate.widths and task.subtasks.differ:
+        faults.append("evaluate.widths: networks of other widths are judged without sub-tasks only; legal is []")
+    unknown = [name for name in generator.conditions if name.endswith("_return")]
+    if unknown and task.name != "cartpole":
+        faults.append(
+            f"generator.conditions: {', '.join(unknown)} is not measured by {task.name}; legal: loss, accuracy"
+        )
     if task.name == "cartpole":
         faults.append(
             "task: cartpole can be harvested, but generators learn classifiers only so far; legal is --only harvest, "

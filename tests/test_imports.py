@@ -23,9 +23,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stages": {"config", *BASE},
     "representations": {"seeding", *BASE},
     "tasks": {"config", "representations", "seeding", *BASE},
-    "checkpoints": {"config", "representations", "tasks", *BASE},
+    "checkpoints": {"config", "representations", "seeding", "tasks", *BASE},
     "diffusion": {"config", "reporting", "representations", "seeding", "tasks", "checkpoints", *BASE},
-    "evaluation": {"config", "representations", "tasks", "checkpoints", *BASE},
+    "evaluation": {"config", "representations", "seeding", "tasks", "checkpoints", *BASE},
     "rank": {"errors"},
     "provenance": BASE,
     "pipeline": {

@@ -16,13 +16,11 @@ from mole.checkpoints.schedules import schedule_for
 from mole.config import HarvestConfig, TaskConfig
 from mole.files import value_digest
 from mole.representations import weights_digest
+from mole.seeding import stream
 from mole.tasks import Metrics, Task
 
 SEEDS_PER_CONFIG = 2**20
 """Run r of a harvest has the seed `config.seed * SEEDS_PER_CONFIG + r`."""
-
-FACTOR_SEEDS = 2**45
-"""Seeds from here on draw the varied factors of a run."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def plan_groups(task: TaskConfig, harvest: HarvestConfig, seed: int, runs: Seque
     lists = {name: values for name, values in harvest.vary if values is not None}
     alike: dict[str, tuple[dict[str, Any], list[int]]] = {}
     for run in runs:
-        generator = torch.Generator().manual_seed(FACTOR_SEEDS + seed * SEEDS_PER_CONFIG + run)
+        generator = stream("factors", seed, run)
         drawn = [int(torch.randint(len(values), (), generator=generator)) for values in lists.values()]
         factors = {name: values[i] for (name, values), i in zip(lists.items(), drawn, strict=True)}
         alike.setdefault(str(factors), (factors, []))[1].append(run)

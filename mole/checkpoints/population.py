@@ -19,6 +19,7 @@ from torch.func import vmap
 from mole.checkpoints.schedules import AtSteps, Schedule
 from mole.config import TaskConfig
 from mole.errors import MoleError, VectorisationWarning
+from mole.seeding import derived
 from mole.tasks import Task
 from mole.tasks.batched import advance_keys, dropout_keys
 
@@ -32,9 +33,6 @@ CACHED_NUMBERS = 3_500_000
 
 CHECK_EVERY = 25
 """Steps between two looks for runs that have diverged."""
-
-LOOP_SEEDS = 2**46
-"""Seeds from here on are for what networks that cannot be batched draw in a step (dropout)."""
 
 Losses = Callable[..., Tensor]
 """(state with tensors (n, *shape), batch with tensors (n, B, ...)) -> losses (n,)."""
@@ -236,7 +234,7 @@ class _Population:
         devices = [self.task.device] if self.task.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             for i, seed in enumerate(self.seeds.tolist()):
-                torch.manual_seed(LOOP_SEEDS + seed * 1_000_003 + self.taken)
+                torch.manual_seed(derived("a step of its own", seed, self.taken))
                 found.append(self.task.loss({k: v[i] for k, v in state.items()}, *(part[i] for part in batch)))
         return torch.stack(found)
 

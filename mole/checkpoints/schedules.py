@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mole.config import HarvestConfig
+from mole.seeding import stream
 
 SMALLEST_SHARE = 0.01
 """`ByLoss` spreads its thresholds from the first loss down to this share of it."""
@@ -48,7 +49,7 @@ class AtRandom:
     def __init__(self, seeds: Sequence[int], steps: int, count: int) -> None:
         self.runs: dict[int, list[int]] = {}
         for run, seed in enumerate(seeds):
-            generator = torch.Generator().manual_seed(2**44 + seed)
+            generator = stream("kept steps", seed)
             between = torch.randperm(steps - 1, generator=generator)[: count - 2] + 1
             for step in [0, *between.tolist(), steps]:
                 self.runs.setdefault(step, []).append(run)

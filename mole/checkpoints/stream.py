@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mole.checkpoints.backends import Background, make_backend
 from mole.checkpoints.groups import Group, Harvested, plan_groups
+from mole.checkpoints.recipes import RECIPE, coded
 from mole.config import HarvestConfig
 from mole.errors import MoleError
 from mole.tasks import Task
@@ -176,6 +177,8 @@ class Reservoir:
             if not diverged[low] and bool(loss[low:high].isfinite().all()):
                 weights = self.change(found.weights[low:high].clone())  # a view would keep its whole group in memory
                 values = {name: found.columns[column][low:high].float() for name, column in measured.items()}
+                recipe = {name: coded(name, value) for name, value in found.group.factors.items() if name in RECIPE}
+                values |= {name: torch.full((high - low,), value) for name, value in recipe.items()}
                 seed = int(found.columns["seed"][low])
                 self.runs.append(LiveRun(weights, loss[low:high], values, seed, [0] * (high - low)))
                 self.flow.runs += 1

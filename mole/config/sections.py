@@ -209,6 +209,10 @@ class GeneratorConfig(Section):
                 f"model gpt has view chunks, conditions [start_loss, target_loss] and symmetry none, augment or "
                 f"canonical; found {self.view}, {self.conditions}, {self.symmetry}"
             )
+        if "target_loss" not in self.conditions:
+            raise ValueError(
+                f"conditions {self.conditions}: target_loss must be among them, by which generators are judged"
+            )
         if len(set(self.conditions)) < len(self.conditions):
             raise ValueError(f"conditions {self.conditions}: legal is each one once")
         if self.symmetry == "equivariant" and self.view not in ("neurons", "classes", "graph"):
@@ -329,7 +333,7 @@ class Config(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")] = "digits"
     """Name of the run; the default run folder is `runs/<name>`."""
-    seed: Annotated[int, Field(ge=0, lt=2**20)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**12)] = 0
     """Decides every random choice; run r of a harvest has the seed `seed * 2**20 + r`."""
     task: TaskConfig = TaskConfig()
     harvest: HarvestConfig = HarvestConfig()

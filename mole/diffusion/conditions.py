@@ -12,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CODES: dict[str, list[str]] = {
-    "optimizer": ["adam", "sgd"], "activation": ["relu", "gelu", "silu", "tanh", "selu"],
-}  # fmt: skip
-"""Values of the conditions that are no numbers, each by its place."""
+from mole.errors import MoleError
 
 FEATURES = 64
 """Fourier features per scalar."""
@@ -39,6 +36,10 @@ class Conditions:
     @classmethod
     def of(cls, names: Sequence[str], size: int, given: Mapping[str, Tensor | float]) -> "Conditions":
         """Scalars by their names, the others unknown; every network has a start."""
+        if unknown := set(given) - {*names, *(name for name in given if name.startswith("start_"))}:
+            raise MoleError(
+                f"{', '.join(sorted(unknown))}: no condition of this generator; it knows {', '.join(names)}"
+            )
         columns = [torch.as_tensor(given.get(name, math.nan), dtype=torch.float32).expand(size) for name in names]
         scalars = torch.stack(columns, 1) if columns else torch.empty(size, 0)
         return cls(scalars, torch.ones(size, dtype=torch.bool))

@@ -173,7 +173,7 @@ class Denoiser(nn.Module):
             spread = 0.02 if numbers else 1.0  # without numbers it is all that edges have to go by
             rows = tokens if kind.ordered or self.positions else 1
             self.places[key] = nn.Parameter(torch.randn(rows, width) * spread)
-        if kind.kind == OUTPUTS and "data" not in self.places:
+        if kind.kind == OUTPUTS and self.config.data and "data" not in self.places:
             self.places["data"] = nn.Parameter(torch.zeros(1, width))
         for key, size in _parts(kind):
             if key not in self.read:

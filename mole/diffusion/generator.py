@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from pydantic import ValidationError
@@ -19,9 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mole.checkpoints.recipes import CODES
 from mole.diffusion.card import FORMAT, Card, parse
 from mole.diffusion.codec import Codec
-from mole.diffusion.conditions import CODES, Conditions
+from mole.diffusion.conditions import Conditions
 from mole.diffusion.denoiser import Networks
 from mole.diffusion.models import AnyDenoiser, make_denoiser
 from mole.diffusion.pairs import with_data
@@ -30,10 +32,8 @@ from mole.diffusion.samples import Samples
 from mole.errors import CorruptFileError, MoleError, PromptWarning
 from mole.files import file_digest, read_json, replacing, write_json, write_text
 from mole.representations import WeightSpec, weights_digest
+from mole.seeding import derived
 from mole.tasks import Architecture, Classification, load_task
-
-FRESH_SEEDS = 2**40
-"""Initialisations from here on belong to sampling; harvests use smaller seeds."""
 
 Support = tuple[Tensor, Tensor]
 """Labelled examples of the data: images (K, M) or (N, K, M), labels (K,) or (N, K)."""
@@ -124,8 +124,8 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
                 only, up to rounding, which the size of the batch can change in the last bit.
             starts: `"fresh"` initialisations, `"none"` (from noise alone), weights (n, P), or n networks or their state
                 dicts.
-            support: labelled examples of the data that the networks shall serve, images (K, M) and labels (K,), where
-                the generator reads data; by default training examples of its task.
+            support: labelled examples of the data that the networks shall serve, images (K, M) and labels (K,); needed
+                where the generator reads data.
             architecture: of the networks; the generator must know what they are made of, not their width or depth.
             evaluations: calls of the generator per network and, if it is guided, twice that.
             guidance: 1 follows the conditions as they were learned; more overdoes them (Ho & Salimans 2022).
@@ -145,14 +145,16 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         wanted = self._wanted(asked, {"n": n, "seed": seed, "evaluations": evaluations}, guidance)
         self._warn_outside_range(wanted)
         task = self._task_for(architecture)
-        seeds = [FRESH_SEEDS + seed * 2**20 + index for index in range(n)]
-        given, origins = self._starts(starts, task, seeds)
+        seeds = [derived("noise", seed, index) for index in range(n)]
+        given, origins = self._starts(starts, task, [derived("fresh start", seed, index) for index in range(n)])
         data = None
         if support is not None:
             data = self._checked_support(support, n)
         elif self.card.denoiser.data:
-            support = self.task.support([seed], 256, torch.Generator().manual_seed(seed))
-            data = support[0].expand(n, -1, -1), support[1].expand(n, -1)
+            raise MoleError(
+                "support: this generator is told by labelled examples what its networks are for; give images "
+                f"(K, {self.card.examples}) and labels (K,)"
+            )
         request = Request(given, wanted, data, architecture, seeds, evaluations, float(guidance))
         drawn, known = self._draw(request, task, seeds)
         prompt = {name: asked[name] for name in asked if asked[name] is not None} or dict(wanted)
@@ -169,6 +171,8 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
                 "index": i,
                 "drawn_together": n,
                 "network_evaluations": drawn.evaluations,
+                "architecture": task.architecture.model_dump(mode="json"),
+                **({} if data is None else {"support": _digest(data, i)}),
                 "versions": versions(),
             }
             for i in range(n)
@@ -181,7 +185,7 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         A request without starts needs seeds.
         """
         count = len(request.seeds) if request.starts is None else len(request.starts)
-        seeds = request.seeds or [FRESH_SEEDS + seed * 2**20 + index for index in range(count)]
+        seeds = request.seeds or [derived("noise", seed, index) for index in range(count)]
         return self._draw(request, self._task_for(request.architecture), seeds)[0]
 
     @torch.no_grad()
@@ -227,18 +231,25 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
             metrics = task.measure(starts, "prompt")
         measured = {f"start_{name}": values for name, values in metrics.items()}
         conditions = Conditions.of(names, size, {**{k: v.cpu() for k, v in measured.items()}, **known})
-        if support is not None:
-            conditions = with_data(conditions, codec, task, starts, *(part.to(self.device) for part in support))
         elements = codec.elements(request.starts)
         starts = starts if elements is None else elements.act(starts)
+        if support is not None:  # the gradient in the order that the denoiser sees
+            conditions = with_data(conditions, codec, task, starts, *(part.to(self.device) for part in support))
         return codec.normalise(starts), (conditions.to(self.device), measured), elements
 
     def _task_for(self, architecture: Architecture | None) -> Classification:
         """The task with networks of an architecture.
 
         Raises:
-            MoleError: such networks do not fit the task's data.
+            MoleError: such networks do not fit the task's data, or were never seen with their activation.
         """
+        if architecture is not None and not isinstance(architecture, Architecture):
+            raise MoleError(f"architecture is {architecture!r}; legal is an Architecture, {self.card.architecture!r}")
+        seen = sorted({known.activation for known in self.card.architectures})
+        if architecture is not None and architecture.activation not in seen:
+            raise MoleError(
+                f"this generator has seen no {architecture.activation} networks; it knows {', '.join(seen)}"
+            )
         return self.task if architecture is None else self.task.with_architecture(architecture)
 
     def _starts(self, starts: Any, task: Classification, seeds: Sequence[int]) -> tuple[Tensor | None, list[Any]]:
@@ -257,6 +268,8 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         if isinstance(starts, Sequence):
             states = [s.state_dict() if isinstance(s, nn.Module) else s for s in starts]
             for number, state in enumerate(states):
+                if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+                    raise MoleError(f"starts[{number}] is {type(state).__name__}; legal is a network or its state dict")
                 try:
                     task.spec.check(state)
                 except MoleError as error:
@@ -313,7 +326,11 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         for name, value in asked.items():
             if value is None:
                 continue
-            if name == "target_error" and "target_accuracy" in known and isinstance(value, int | float):
+            if (
+                name == "target_error"
+                and "target_accuracy" in known
+                and isinstance(value, int | float | np.floating | np.integer)
+            ):
                 name, value = "target_accuracy", 1 - value
             if name not in known:
                 faults.append(f"{name} is no condition of this generator; it knows {', '.join(known)}")
@@ -322,8 +339,16 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
                     faults.append(f"{name} is {value!r}; legal: {', '.join(CODES[name])}")
                 else:
                     wanted[name] = float(CODES[name].index(str(value)))
-            elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+            elif (
+                isinstance(value, bool)
+                or not isinstance(value, int | float | np.floating | np.integer)
+                or not 0 < value < 1e6
+            ):
                 faults.append(f"{name} is {value!r}; legal is a number above 0")
+            elif name.endswith("_accuracy") and value > 1:
+                faults.append(f"{name} is {value!r}; legal is a share above 0 and up to 1")
+            elif name in wanted:
+                faults.append(f"{name} is asked for twice")
             else:
                 wanted[name] = float(value)
         if faults:
@@ -438,6 +463,12 @@ class _Guided:
     def _once(self, noised: Tensor, level: Tensor, conditions: Conditions) -> Tensor:
         self.calls += 1
         return self.denoiser([Networks(self.codec.view, noised, self.start, level, conditions)])[0]
+
+
+def _digest(support: Support, row: int) -> dict[str, Any]:
+    """What tells a support set of others."""
+    images, labels = support[0][row], support[1][row]
+    return {"examples": len(labels), "images": weights_digest(images), "labels": labels.tolist()}
 
 
 def _noise(seed: int, size: int) -> Tensor:

@@ -18,6 +18,7 @@ from mole.diffusion.codec import Codec
 from mole.diffusion.denoiser import Networks
 from mole.diffusion.models import AnyDenoiser
 from mole.diffusion.pairs import Batch
+from mole.seeding import stream
 from mole.tasks import Classification
 
 
@@ -79,7 +80,7 @@ class DenoiserTraining(L.LightningModule):
 
     def _divergence(self, predicted: Tensor, clean: Tensor, part: Batch) -> Tensor:
         task, codec = self.tasks[part.layout], self.codecs[part.layout]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step)
+        generator = stream("function images", self.seed, self.global_step)
         index = torch.randint(len(task.train), (self.config.function_images,), generator=generator)
         images = task.train.images[index.to(task.device)]  # (I, D)
         own, there = task.config.subtasks.differ, 1.0

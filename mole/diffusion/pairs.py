@@ -16,17 +16,16 @@ from torch.utils.data import IterableDataset
 
 from mole.checkpoints import Zoo
 from mole.checkpoints.layouts import variants
+from mole.checkpoints.recipes import CODES, RECIPE, coded
 from mole.checkpoints.stream import Reservoir
 from mole.config import GeneratorConfig, TrainConfig
 from mole.diffusion.codec import Codec
-from mole.diffusion.conditions import CODES, Conditions
+from mole.diffusion.conditions import Conditions
 from mole.diffusion.process import noise_level, noise_schedule
 from mole.files import value_digest
 from mole.representations.handling import Augmentation, Canonical, Elements
+from mole.seeding import stream
 from mole.tasks import Classification
-
-PROCESS_SEEDS = 2**48
-"""Between the seeds of batches of two processes that train together."""
 
 
 class Pairs(NamedTuple):
@@ -127,22 +126,16 @@ class ZooPart:
         for name in bare - {"steps"}:
             if name in self.zoo.columns:
                 column = self.zoo.column(name)
-                codes = [float(CODES[name].index(v)) for v in column] if name in CODES else column.astype(np.float32)
+                codes = [coded(name, value) for value in column] if name in CODES else column.astype(np.float32)
                 found[name] = torch.as_tensor(codes, dtype=torch.float32)
             elif hasattr(self.task.config, name):
-                found[name] = recipe_value(self.task.config, name).expand(len(self.zoo))
+                found[name] = torch.tensor(coded(name, getattr(self.task.config, name))).expand(len(self.zoo))
         return found
 
     def known(self, start: Tensor, clean: Tensor) -> dict[str, Tensor]:
         """What conditions say of pairs of checkpoints (B,)."""
         return known_of(self.names, {k: v[start] for k, v in self.values.items()},
                         {k: v[clean] for k, v in self.values.items()})  # fmt: skip
-
-
-def recipe_value(config: Any, name: str) -> Tensor:
-    """A key of the recipe as a number."""
-    value = getattr(config, name)
-    return torch.tensor(float(CODES[name].index(value) if name in CODES else value))
 
 
 def known_of(names: Sequence[str], start: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -252,9 +245,9 @@ class StreamPairs:
                     seeds.append(run.seed)
         start, clean = ({name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
                         for rows in (starts, cleans))  # fmt: skip
-        for name in CODES.keys() | {"learning_rate", "batch_size"}:
+        for name in RECIPE:
             if name not in start:
-                value = recipe_value(self.tasks[0].config, name).expand(len(weights))
+                value = torch.tensor(coded(name, getattr(self.tasks[0].config, name))).expand(len(weights))
                 start, clean = {**start, name: value}, {**clean, name: value}
         first, second = (torch.stack(part) for part in zip(*weights, strict=True))
         return [(0, Pairs(first, second, known_of(self.names, start, clean), seeds))]
@@ -303,7 +296,7 @@ class PairBatches(IterableDataset[list[Batch]]):
 
         Where several processes train together, each draws its own part.
         """
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + self.rank * PROCESS_SEEDS)
+        generator = stream("pairs", self.seed, step, self.rank)
         return [self._noised(*part, step, generator) for part in self.source.pairs(self.config, generator)]
 
     def _noised(self, layout: int, pairs: Pairs, step: int, generator: torch.Generator) -> Batch:

@@ -31,7 +31,7 @@ from mole.reporting import Advance
 from mole.representations import EntryScale
 from mole.representations.handling import Canonical
 from mole.representations.structure import word
-from mole.seeding import Seeded
+from mole.seeding import Seeded, stream
 from mole.tasks import Classification
 
 logger = logging.getLogger("mole")
@@ -186,7 +186,7 @@ def _trainer(config: Config, device: torch.device, watch: L.Callback) -> L.Train
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=here,
         num_nodes=world // here,
-        strategy="ddp" if world > 1 else "auto",
+        strategy="ddp_find_unused_parameters_true" if world > 1 else "auto",  # not every batch has every layout
         use_distributed_sampler=False,
         precision="bf16-mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32-true",
         gradient_clip_val=config.train.gradient_clip,
@@ -343,7 +343,7 @@ class _Watch(L.Callback):
         starts = heldout.read(heldout.first)
         support = None
         if card.denoiser.data:
-            support = task.support(seeds, self.config.train.support_images, torch.Generator().manual_seed(0))
+            support = task.support(seeds, self.config.train.support_images, stream("support"))
         request = Request(starts, {"target_loss": card.ranges["loss"][0]}, support=support)
         drawn = generator.draw(request).flat
         found = task.measure(drawn.to(self.device), "prompt", seeds)

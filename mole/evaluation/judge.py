@@ -26,7 +26,7 @@ from mole.evaluation.transfer import (
     unseen_architectures,
     unseen_initialisations,
 )
-from mole.tasks import Classification
+from mole.tasks import Architecture, Classification
 
 Tick = Callable[[], None]
 """Called after each part; there are `PARTS` of them."""
@@ -50,7 +50,7 @@ class Exhibits:
     draw: Draw
     config: EvaluateConfig
     seed: int
-    widths: frozenset[int] = frozenset()
+    architectures: tuple[Architecture, ...] = ()
     """Of the networks that the generator has learned from."""
 
     @property
@@ -163,7 +163,7 @@ def _one_pass(exhibits: Exhibits, tick: Tick) -> tuple[dict[str, Any], Any]:
     accuracy = float(found["accuracy"].mean())
     more = {
         str(k): exhibits.mean_accuracy(exhibits.draw(starts, exhibits.wanted(starts), evaluations=k, seeds=seeds)[0])
-        for k in (2, 4, 8, 16)
+        for k in (1, 2, 4, 8, 16)
     }
     again = recursive_passes(exhibits.mean_accuracy, exhibits.draw, starts, exhibits.best, seeds, config.passes)
     tick()
@@ -185,7 +185,7 @@ def _one_pass(exhibits: Exhibits, tick: Tick) -> tuple[dict[str, Any], Any]:
             exhibits.heldout.read(exhibits.heldout.last[: len(starts)])
         ),
         "start_accuracy_mean": exhibits.mean_accuracy(starts),
-        "accuracy_mean_by_evaluations": {"1": accuracy, **more},
+        "accuracy_mean_by_evaluations": more,
         "accuracy_mean_by_passes": again,
         "adam_steps_to_match": steps_to_match(adam, accuracy),
         "adam_learning_rate": adam.learning_rate,
@@ -290,7 +290,7 @@ def _transfer(exhibits: Exhibits, nulls: dict[str, Any], models: dict[str, Tenso
         found["unseen_initialisations"] = unseen_initialisations(task, draw, exhibits.best, config.unseen)
     if config.unseen and config.widths:
         found["widths"] = unseen_architectures(
-            task, draw, exhibits.best, config.widths, exhibits.widths, config.unseen
+            task, draw, exhibits.best, config.widths, exhibits.architectures, config.unseen
         )  # fmt: skip
     if config.repeats > 1 and exhibits.seeds is None:
         starts = exhibits.starts[:8]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mole.checkpoints import History, train_population
+from mole.seeding import derived
 from mole.tasks import Classification
 
 
@@ -46,7 +47,7 @@ def best_curve(
             update={"optimizer": optimizer, "learning_rate": rate, "schedule": "constant", "weight_decay": 0.0}
         )
         trial = task.with_config(recipe)
-        orders = seeds or [2**41 + index for index in range(len(starts))]  # data orders of no harvested run
+        orders = seeds or [derived("trial", index) for index in range(len(starts))]  # data orders of no harvested run
         history = train_population(trial, orders, keep, initial=starts)
         own = None if seeds is None else [seeds[run] for run in history.runs.tolist()]
         prompt = _mean_at(keep, history, task.measure(history.weights, "prompt", own)["loss"])

@@ -3,7 +3,7 @@
 Dimensions: S starts, N networks, P parameters.
 """
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from mole.checkpoints import train_population
 from mole.evaluation.optimisers import best_curve
+from mole.seeding import derived
 from mole.tasks import Architecture, Classification
-
-TRIAL_SEEDS = 2**42
-"""Seeds from here on belong to what is trained or initialised for comparison."""
 
 INITIALISATIONS: dict[str, Callable[[Tensor], Any]] = {
     "xavier": nn.init.xavier_uniform_,
@@ -56,10 +54,10 @@ def initial(task: Classification, scheme: str, count: int) -> Tensor:
     """Weights (count, P) initialised by one of `INITIALISATIONS`."""
     rows = []
     for number in range(count):
-        network = task.architecture.build(TRIAL_SEEDS + number)
+        network = task.architecture.build(seed=0)
         generator = torch.random.fork_rng()
         with generator, torch.no_grad():
-            torch.manual_seed(TRIAL_SEEDS + number)
+            torch.manual_seed(derived("initialisation", number))
             for parameter in network.parameters():
                 INITIALISATIONS[scheme](parameter) if parameter.ndim > 1 else parameter.zero_()
         rows.append(task.spec.flatten(network.state_dict()))
@@ -80,22 +78,19 @@ def unseen_initialisations(task: Classification, draw: Draw, best: float, count:
 
 
 def unseen_architectures(
-    task: Classification, draw: Draw, best: float, widths: Sequence[int], seen: Set[int], count: int
+    task: Classification, draw: Draw, best: float, widths: Sequence[int], seen: Collection[Architecture], count: int
 ) -> list[dict[str, Any]]:
     """One pass for networks of each width, beside as many networks of that width trained by the task's recipe."""
     rows = []
-    ends = task.architecture.widths
     for width in widths:
-        architecture = Architecture(kind=task.architecture.kind, activation=task.architecture.activation,
-                                    widths=[ends[0], *[width] * (len(ends) - 2), ends[-1]])  # fmt: skip
-        other = task.with_architecture(architecture)
-        seeds = [TRIAL_SEEDS + number for number in range(count)]
+        other = task.with_config(task.config.model_copy(update={"width": width}))
+        seeds = [derived("trial", number) for number in range(count)]
         starts = other.initial(seeds)
         drawn, _ = draw(starts, torch.full((count,), best), task=other)
         trained = train_population(other, seeds, [task.config.steps], initial=starts).weights
         rows.append(
             {
-                "width": width, "in_zoo": width in seen, "accuracy_mean": _accuracy(other, drawn),
+                "width": width, "in_zoo": other.architecture in seen, "accuracy_mean": _accuracy(other, drawn),
                 "start_accuracy_mean": _accuracy(other, starts), "trained_accuracy_mean": _accuracy(other, trained),
             }
         )  # fmt: skip
@@ -137,8 +132,10 @@ def conditional_dispersion(
     the order of the data of an optimiser; each root-mean-square, averaged over starts."""
     many = starts.repeat_interleave(repeats, 0)
     drawn, _ = draw(many, torch.full((len(many),), best))
-    seeds = [TRIAL_SEEDS + number for number in range(len(many))]
+    seeds = [derived("trial", number) for number in range(len(many))]
     trained = train_population(task, seeds, [task.config.steps], initial=many).weights
+    if len(trained) < len(many):  # some diverged
+        return {"starts": len(starts), "repeats": repeats, "generated": None, "trained": None, "ratio": None}
     spreads = [flat.unflatten(0, (-1, repeats)) for flat in (drawn, trained)]
     mine, theirs = (float((s - s.mean(1, keepdim=True)).square().sum(-1).mean().sqrt()) for s in spreads)
     return {"starts": len(starts), "repeats": repeats, "generated": mine, "trained": theirs, "ratio": mine / theirs}

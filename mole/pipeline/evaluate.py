@@ -35,8 +35,7 @@ def evaluate(current: Run) -> Result:
         drawn = generator.draw(request, seed=seed + noise)
         return drawn.flat, drawn.evaluations
 
-    widths = frozenset(architecture.widths[1] for architecture in generator.card.architectures)
-    exhibits = Exhibits(own, training, current.own_heldout, draw, settings, seed, widths)
+    exhibits = Exhibits(own, training, current.own_heldout, draw, settings, seed, tuple(generator.card.architectures))
     done = 0
     with current.reporter.stage("evaluate", PARTS, "parts") as advance:
 

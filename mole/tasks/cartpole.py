@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from mole.config import TaskConfig
-from mole.seeding import Seeded
+from mole.seeding import Seeded, derived, stream
 from mole.tasks.batched import batched
 from mole.tasks.networks import Architecture, Policy, mlp, orthogonal
 from mole.tasks.task import Metrics, SplitName, Task
@@ -32,9 +32,6 @@ CLIP, GAMMA, LAMBDA = 0.2, 0.99, 0.95
 UPDATES = EPOCHS * MINIBATCHES
 """Optimiser steps per iteration, which is one rollout."""
 
-SPLIT_SEEDS = {"train": 2**42, "prompt": 2**42 + 1, "test": 2**42 + 2}
-CRITIC_SEEDS = 2**43
-"""Seeds from here on initialise the critic of a run."""
 EPISODES = {"train": 64, "prompt": 64, "test": 128}
 """Fixed first states that a split judges by."""
 
@@ -116,7 +113,7 @@ class CartPole(Task):
     def learner(self, seed: int) -> nn.Module:
         policy = self.architecture.build(seed)
         assert isinstance(policy, Policy)
-        with Seeded(CRITIC_SEEDS + seed):
+        with Seeded(derived("critic", seed)):
             critic = orthogonal(mlp(self.architecture.widths, self.config.activation), last_gain=1.0)
         return Learner(policy, critic)
 
@@ -142,7 +139,7 @@ class CartPole(Task):
         self, flat: Tensor, split: SplitName, seeds: Sequence[int] | None = None, *, networks_at_once: int = 512
     ) -> Metrics:
         """`return` (0..500) of the mean action from the split's first states, and `loss`, 1 - return / 500."""
-        generator = torch.Generator().manual_seed(SPLIT_SEEDS[split])
+        generator = stream(f"first states, {split}")
         first = first_states([EPISODES[split]], generator).to(flat.device)
         network, spec = batched(self.network), self.spec
         act = vmap(lambda weights, seen: functional_call(network, spec.unflatten(weights), (seen,))[:, 0])
@@ -172,7 +169,7 @@ class Rollouts:
 
     def __init__(self, task: CartPole, seeds: Sequence[int]) -> None:
         self.task = task
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = [stream("experience", seed) for seed in seeds]
         self.state = self._drawn(lambda g: first_states([ENVIRONMENTS], g), 0)  # (N, E, 4)
         self.age = torch.zeros(self.state.shape[:2], device=task.device)
 

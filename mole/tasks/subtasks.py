@@ -17,9 +17,7 @@ from torch import Tensor
 
 from mole.config import SubtaskConfig
 from mole.errors import MoleError
-
-SUBTASK_SEEDS = 2**47
-"""Seeds from here on draw the sub-tasks of runs."""
+from mole.seeding import stream
 
 
 class Subtasks(NamedTuple):
@@ -77,7 +75,7 @@ def _one(settings: str, seed: int, classes: int, numbers: int) -> tuple[Tensor, 
         raise MoleError(f"task.subtasks.labels is {config.labels}; legal is at most {classes} labels")
     if config.rotate and isqrt(numbers) ** 2 != numbers:
         raise MoleError(f"task.subtasks.rotate: rows of {numbers} numbers are no square images; legal is 0")
-    generator = torch.Generator().manual_seed(SUBTASK_SEEDS + seed)
+    generator = stream("sub-task", seed)
     count = int(torch.randint(low, high + 1, (), generator=generator))
     left = torch.randperm(classes, generator=generator)[count:]
     order = torch.randperm(classes, generator=generator)

@@ -17,13 +17,11 @@ from torch.func import functional_call, vmap
 
 from mole.config import TaskConfig
 from mole.errors import MoleError
+from mole.seeding import stream
 from mole.tasks.batched import batched
 from mole.tasks.networks import Architecture
 from mole.tasks.subtasks import Subtasks, draw
 from mole.tasks.task import Metrics, SplitName, Task
-
-SUBSET_SEEDS = 2**43
-"""Seeds from here on choose which part of the data a run sees; runs use smaller ones."""
 
 
 @dataclass(frozen=True)
@@ -287,10 +285,10 @@ class DataOrder:
 
     def __init__(self, task: Classification, seed: int) -> None:
         self.steps, self.batch_size = task.steps_per_epoch, task.batch_size
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = stream("data order", seed)
         self.pool: Tensor | None = None
         if task.images_per_run < len(task.train):
-            chooser = torch.Generator().manual_seed(SUBSET_SEEDS + seed)
+            chooser = stream("data subset", seed)
             self.pool = torch.randperm(len(task.train), generator=chooser)[: task.images_per_run]
         self.images = task.images_per_run
         self.repeating = task.config.subtasks.labels is not None

@@ -103,13 +103,26 @@ def test_pairs_are_of_one_run_and_in_order(toy: Classification, harvest: Harvest
     reservoir = Reservoir(toy, harvest.model_copy(update={"reuse": 1000}), 0)
     states = {row.numpy().tobytes(): (i, k) for i, r in enumerate(reservoir.runs) for k, row in enumerate(r.weights)}
     reservoir.close()
-    names = ["target_loss", "target_accuracy", "steps", "optimizer"]
+    names = ["target_loss", "target_accuracy", "steps", "optimizer"]  # recipes are in the next test
     source = StreamPairs(reservoir, toy, GeneratorConfig.model_validate({"conditions": names}))
     ((_, batch),) = source.pairs(TrainConfig(batch_size=64), torch.Generator().manual_seed(0))
     assert list(batch.known) == names and set(batch.known["optimizer"].tolist()) == {0.0}
     for start, clean, target in zip(batch.start, batch.clean, batch.known["target_loss"], strict=True):
         (run, first), (other, second) = states[start.numpy().tobytes()], states[clean.numpy().tobytes()]
         assert run == other and first <= second and target == reservoir.runs[run].loss[second]
+
+
+def test_streamed_runs_are_told_with_their_own_recipe(toy: Classification) -> None:
+    harvest = HarvestConfig(
+        mode="stream", **SETTINGS, vary=VaryConfig(learning_rate=[0.01, 0.02], optimizer=["adam", "sgd"])
+    )
+    records: list[dict[str, Any]] = []
+    reservoir = Reservoir(toy, harvest, 0, record=records.append)
+    reservoir.close()
+    known = {seed: record["factors"] for record in records for seed in record["seeds"]}
+    for run in reservoir.runs:
+        assert run.values["learning_rate"].tolist() == pytest.approx([known[run.seed]["learning_rate"]] * len(run.uses))
+        assert set(run.values["optimizer"].tolist()) == {["adam", "sgd"].index(known[run.seed]["optimizer"])}
 
 
 def test_a_resumed_stream_reads_no_run_again(toy: Classification, harvest: HarvestConfig) -> None:

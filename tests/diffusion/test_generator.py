@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -159,6 +160,10 @@ def test_conditions_are_named_and_each_can_be_left_out(generator: Generator) -> 
     assert not torch.equal(nothing.flat[0], nothing.flat[1])
     with pytest.raises(MoleError, match="starts is 'fersh'; legal is 'fresh', 'none'"):
         generator.sample(starts="fersh")
+    for starts in ([3], [{"0.weight": 3}]):
+        with pytest.raises(MoleError, match=r"starts\[0\] is \w+; legal is a network or its state dict"):
+            generator.sample(starts=starts)  # pyright: ignore[reportArgumentType]
+    assert len(generator.sample(target_loss=np.float32(0.3))) == 1  # pyright: ignore[reportArgumentType]
 
 
 def test_guidance_overdoes_the_prompt_and_costs_a_second_evaluation(generator: Generator) -> None:
@@ -189,6 +194,10 @@ def test_other_architectures_are_generated_or_refused(generator: Generator) -> N
         MoleError, match="architecture mlp from 30 to 10 numbers; legal for digits is mlp from 64 to 10"
     ):
         generator.sample(architecture=Architecture(kind="mlp", widths=[30, 16, 10]))
+    with pytest.raises(MoleError, match="has seen no tanh networks; it knows relu"):
+        generator.sample(architecture=Architecture(kind="mlp", widths=[64, 16, 10], activation="tanh"))
+    with pytest.raises(MoleError, match="architecture is 'mlp'; legal is an Architecture"):
+        generator.sample(architecture="mlp")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture
@@ -206,7 +215,10 @@ def reader(digits: Classification) -> Generator:
 
 def test_support_sets_that_cannot_be_are_refused(generator: Generator, reader: Generator) -> None:
     images, labels = torch.rand(20, 64), torch.arange(20) % 10
-    assert len(reader.sample(n=2, support=(images, labels))) == 2 and len(reader.sample(n=1)) == 1
+    samples = reader.sample(n=2, support=(images, labels))
+    assert samples.provenance[0]["support"]["labels"] == labels.tolist()
+    with pytest.raises(MoleError, match="told by labelled examples what its networks are for; give images"):
+        reader.sample(n=1)
     for support, message in (
         ((images, labels + 5), r"labels \[10, 11, 12, 13, 14\]; legal is whole numbers from 0 to 9"),
         ((images, labels - 1), r"labels \[-1\]"),

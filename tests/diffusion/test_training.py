@@ -296,3 +296,14 @@ def test_compiled_blocks_train_to_the_same_generator(toy: Classification, zoo: Z
     assert compiled.keys() == plain.keys()
     for name, weights in plain.items():
         torch.testing.assert_close(compiled[name], weights, rtol=1e-3, atol=1e-5)
+
+
+def test_processes_that_train_together_draw_different_pairs(source: ZooPairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, parts = make_codec(CONFIG, source), []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        (part,) = PairBatches(source, [codec], CONFIG.train, seed=0).batch(3)
+        assert len(part.level) == 4  # half of the batch each
+        parts.append(part)
+    assert not torch.equal(parts[0].clean, parts[1].clean) and not torch.equal(parts[0].noised, parts[1].noised)

@@ -10,7 +10,6 @@ from mole.checkpoints import train_population
 from mole.evaluation.novelty import PermutationDistance, ratio
 from mole.evaluation.nulls import null_models
 from mole.evaluation.transfer import (
-    TRIAL_SEEDS,
     conditional_dispersion,
     fine_tuning,
     initial,
@@ -18,6 +17,7 @@ from mole.evaluation.transfer import (
     unseen_architectures,
     unseen_initialisations,
 )
+from mole.seeding import derived
 from mole.tasks import Classification
 
 
@@ -59,7 +59,7 @@ def test_who_returns_the_start_gains_nothing(toy: Classification) -> None:
     for scheme in ("xavier", "orthogonal", "kaiming_fan_in", "kaiming_fan_out"):
         assert found[scheme]["accuracy_mean"] == found[scheme]["start_accuracy_mean"] == 1 - found[scheme]["error_mean"]
     draw = Idle()
-    rows = unseen_architectures(toy, draw, 0.1, [4, 9], {4}, 6)
+    rows = unseen_architectures(toy, draw, 0.1, [4, 9], [toy.architecture], 6)
     assert [(row["width"], row["in_zoo"]) for row in rows] == [(4, True), (9, False)]
     assert [task.architecture.widths for task in draw.asked if task] == [[5, 4, 3], [5, 9, 3]]
     for row in rows:
@@ -83,7 +83,7 @@ def test_the_spread_of_draws_is_told_in_units_of_the_optimisers(toy: Classificat
     assert conditional_dispersion(toy, Idle(), starts, 0.1, 4)["ratio"] == pytest.approx(0, abs=1e-6)
     found = conditional_dispersion(toy, Idle(0.5), starts, 0.1, 8)
     many = starts.repeat_interleave(8, 0)
-    trained = train_population(toy, [TRIAL_SEEDS + i for i in range(48)], [toy.config.steps], initial=many).weights
+    trained = train_population(toy, [derived("trial", i) for i in range(48)], [toy.config.steps], initial=many).weights
     spread = trained.unflatten(0, (-1, 8))
     theirs = (spread - spread.mean(1, keepdim=True)).square().sum(-1).mean().sqrt()
     assert found["trained"] == pytest.approx(float(theirs))

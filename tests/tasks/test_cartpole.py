@@ -62,9 +62,10 @@ def test_the_return_counts_every_step_up_to_the_fall(task: CartPole) -> None:
     flat[0, entry.offset] = 5.0  # clipped to 1
     found = task.measure(flat, "prompt")
     environment, expected = gymnasium.make("CartPole-v1").unwrapped, []
-    from mole.tasks.cartpole import EPISODES, SPLIT_SEEDS
+    from mole.seeding import stream
+    from mole.tasks.cartpole import EPISODES
 
-    for state in first_states([EPISODES["prompt"]], torch.Generator().manual_seed(SPLIT_SEEDS["prompt"])):
+    for state in first_states([EPISODES["prompt"]], stream("first states, prompt")):
         environment.reset(seed=0)
         environment.state = state.double().numpy()  # type: ignore[attr-defined]
         total, ended = 0.0, False
