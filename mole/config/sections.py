@@ -236,8 +236,8 @@ class TrainConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Largest decay of the moving average of the weights; it is smaller in the first steps."""
     objective: Literal["mean", "energy", "consistency"] = "mean"
-    """What one evaluation is trained to be: the mean of what may follow, a draw from it by a proper scoring rule of two
-    draws (energy), or where a chain of smaller steps ends (consistency)."""
+    """How the weights that one evaluation gives are scored: by squared error, by the energy score of two draws (proper
+    at pure noise without `function_weight`), or by where a chain of smaller steps ends (consistency)."""
     function_weight: NonNegative = 100.0
     """Weight of the divergence between what the predicted and the true network compute on training images."""
     function_images: Count = 128
