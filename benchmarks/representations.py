@@ -46,8 +46,8 @@ COLUMNS = {
 def train_one(view: str, symmetry: str, seed: int, steps: int, zoo_folder: Path) -> dict[str, Any]:
     """Train one generator and judge it."""
     from mole.checkpoints import Zoo
-    from mole.diffusion.generator import Request
     from mole.diffusion.pairs import ZooPairs
+    from mole.diffusion.request import Request
     from mole.diffusion.training import Data, train_generator
     from mole.evaluation.alignment import alignment, prompts
     from mole.tasks import Classification, load_task

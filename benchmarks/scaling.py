@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from mole.checkpoints import Zoo
 from mole.config import Config, load
-from mole.diffusion.generator import Request
 from mole.diffusion.pairs import ZooPairs
+from mole.diffusion.request import Request
 from mole.diffusion.training import Data, train_generator
 from mole.evaluation.alignment import alignment, prompts
 from mole.tasks import Classification, load_task

@@ -23,8 +23,9 @@ import torch
 
 from mole.checkpoints import Zoo
 from mole.config import Config, load
-from mole.diffusion.generator import Generator, Request
+from mole.diffusion.generator import Generator
 from mole.diffusion.pairs import ZooPairs
+from mole.diffusion.request import Request
 from mole.diffusion.training import Data, train_generator
 from mole.tasks import Classification, load_task
 

@@ -276,12 +276,23 @@ def test_two_processes_train_one_generator_and_the_first_alone_writes(tmp_path: 
     assert refused.returncode != 0 and "train.batch_size 31 does not divide among 2 processes" in refused.stderr
 
 
-def test_tasks_that_generators_cannot_learn_yet_say_so(tmp_path: Path) -> None:
-    done = run_command("--task.name", "cartpole", "--task.steps", "16", "--harvest.runs", "2", "--harvest.heldout_runs",
-                       "1", "--harvest.checkpoints", "2", "--sample.networks", "1", "--evaluate.starts", "1",
-                       "--tracking.mode", "disabled", "--out", str(tmp_path))  # fmt: skip
-    assert done.returncode == 2 and not (tmp_path / "zoo").exists()
-    assert "cartpole can be harvested, but generators learn classifiers only so far; legal is" in done.stderr
+def test_a_generator_of_policies_is_judged_by_return(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = run_command(
+        "configs/tiny.yaml", "--out", str(folder), "--task.name", "cartpole", "--task.steps", "32",
+        "--task.width", "4", "--harvest.runs", "3", "--harvest.heldout_runs", "2", "--harvest.checkpoints", "3",
+        "--sample.networks", "2", "--evaluate.starts", "2", "--evaluate.optimizer_steps", "16", "--evaluate.repeats",
+        "0", "--evaluate.unseen", "2", "--train.steps", "4", "--train.batch_size", "4",
+        "--generator.conditions", "[start_return, target_loss, target_return]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((folder / "report.json").read_text())
+    assert report["score"] == "return" and 0 < report["one_pass"]["return_mean"] <= 500
+    assert report["nulls"]["start"]["return_mean"] == report["one_pass"]["start_return_mean"]
+    assert "max_wrong_iou_mean" not in report["novelty"] and "test return" in done.stdout
+    header = (folder / "rank" / "leaderboard.csv").read_text().splitlines()[0]
+    assert header == "rank,file,minus_prompt_loss,prompt_loss,prompt_return,test_loss,test_return"
+    assert set(mole.load(folder).card.ranges) == {"loss", "return"}
 
 
 def test_the_smallest_legal_run(tmp_path: Path) -> None:
@@ -300,7 +311,7 @@ KILL = """
 import os, signal, sys
 import mole.pipeline.runner as pipeline
 from mole.checkpoints import ZooWriter
-from mole.diffusion import training
+from mole.diffusion import watch
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -310,8 +321,8 @@ if stage == "harvest":
     write = ZooWriter.write
     ZooWriter.write = lambda self, name, *a, **k: die() if name == "group-00001" else write(self, name, *a, **k)
 elif stage == "train":
-    save = training._Watch._save
-    training._Watch._save = lambda self, trainer: (save(self, trainer), die() if trainer.global_step == 40 else None)
+    save = watch.Watch._save
+    watch.Watch._save = lambda self, trainer: (save(self, trainer), die() if trainer.global_step == 40 else None)
 else:
     mark = pipeline.write_marker
     pipeline.write_marker = lambda f, c, name, *a: die() if name == stage else mark(f, c, name, *a)
@@ -341,13 +352,13 @@ def test_killed_in_any_stage_the_same_command_ends_as_if_nothing_had_happened(ti
 
 INTERRUPT = """
 import os, signal, sys
-from mole.diffusion import training
-save = training._Watch._save
+from mole.diffusion import watch
+save = watch.Watch._save
 def interrupt(self, trainer):
     save(self, trainer)
     if trainer.global_step == 20:
         os.kill(os.getpid(), signal.SIGINT)
-training._Watch._save = interrupt
+watch.Watch._save = interrupt
 from mole.cli import main
 main()
 """

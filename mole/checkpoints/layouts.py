@@ -2,13 +2,13 @@
 
 from mole.checkpoints.zoo import Zoo
 from mole.errors import MoleError
-from mole.tasks import Classification
+from mole.tasks import Task
 
 VARIANTS = ("width", "depth", "activation")
 """Factors that decide what a network is."""
 
 
-def variants(zoo: Zoo, task: Classification) -> list[tuple[Zoo, Classification]]:
+def variants(zoo: Zoo, task: Task) -> list[tuple[Zoo, Task]]:
     """A zoo by what its networks are, each with its task; that of the configuration comes first."""
     varied = [name for name in VARIANTS if name in zoo.columns]
     if not varied:
@@ -23,7 +23,7 @@ def variants(zoo: Zoo, task: Classification) -> list[tuple[Zoo, Classification]]
     return result
 
 
-def own_part(zoo: Zoo, task: Classification) -> Zoo:
+def own_part(zoo: Zoo, task: Task) -> Zoo:
     """The networks of a zoo that are what the task's configuration says.
 
     Raises:

@@ -11,6 +11,11 @@ RECIPE = ("optimizer", "activation", "learning_rate", "batch_size")
 """Keys of a recipe that generators can be told."""
 
 
+def subject(condition: str) -> str:
+    """What a condition is about: `loss` for `start_loss` and for `target_loss`."""
+    return condition.removeprefix("start_").removeprefix("target_")
+
+
 def coded(name: str, value: Any) -> float:
     """A key of a recipe as a number."""
     return float(CODES[name].index(value) if name in CODES else value)

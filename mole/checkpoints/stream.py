@@ -50,9 +50,8 @@ class Flow:
     reads: int = 0
     waited: float = 0.0
     """Seconds that the reader had to wait."""
-    low: float = float("inf")
-    """Lowest and highest loss."""
-    high: float = -float("inf")
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Lowest and highest value of every metric."""
     digests: list[str] = field(default_factory=list)
     """Of every group."""
 
@@ -60,6 +59,12 @@ class Flow:
     def resumed(cls, state: Mapping[str, Any]) -> "Flow":
         """Goes on from the `state` of an earlier session."""
         return cls(**{**state, "before": state["checkpoints"]})
+
+    def widen(self, values: Mapping[str, Tensor]) -> None:
+        """Take these values (n,) into the ranges."""
+        for name, found in values.items():
+            low, high = self.ranges.get(name, (float("inf"), -float("inf")))
+            self.ranges[name] = min(low, float(found.min())), max(high, float(found.max()))
 
     def state(self) -> dict[str, Any]:
         """What a training that is resumed shall still know."""
@@ -183,8 +188,7 @@ class Reservoir:
                 self.runs.append(LiveRun(weights, loss[low:high], values, seed, [0] * (high - low)))
                 self.flow.runs += 1
                 self.flow.checkpoints += high - low
-                self.flow.low = min(self.flow.low, float(loss[low:high].min()))
-                self.flow.high = max(self.flow.high, float(loss[low:high].max()))
+                self.flow.widen(values)
         self.flow.diverged += found.diverged
         group = found.group
         self.flow.digests.append(found.digest)

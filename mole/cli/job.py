@@ -227,7 +227,9 @@ def _judgement(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     matched = f"{steps} Adam steps match it" if steps is not None else "no tried Adam step matches it"
     ratio, spread = ("unknown" if novelty[k] is None else f"{novelty[k]:.2f}" for k in ("ratio", "dispersion"))
     fresh = f"distance ratio {ratio}, dispersion {spread}"
-    text = f"test accuracy {one['accuracy_mean']:.3f} (trained networks {one['trained_accuracy_mean']:.3f}); {matched}"
+    score = report["score"]
+    reached, trained = one[f"{score}_mean"], one[f"trained_{score}_mean"]
+    text = f"test {score} {reached:.4g} (trained networks {trained:.4g}); {matched}"
     return [
         ("one pass", text, "figures/optimisers.png"),
         ("alignment", f"R2 {report['alignment']['r2_mean']:.3f}", "figures/alignment.png"),

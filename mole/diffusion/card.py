@@ -1,11 +1,12 @@
 """What is written beside a generator's weights: what it is, what it has seen, and the page that says so."""
 
-from typing import Any
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from mole.config import GeneratorConfig, TaskConfig
-from mole.files import value_digest
+from mole.errors import CorruptFileError
+from mole.files import read_json, value_digest
 from mole.tasks import Architecture
 
 FORMAT = 3
@@ -86,6 +87,23 @@ runs by `python train.py`, beside null models; see `report.json` of the run that
 """
 
 
-def parse(values: Any) -> Card:
-    """A card from JSON."""
-    return Card.model_validate(values)
+def read_card(path: Path) -> Card:
+    """The card in a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CorruptFileError: it is not what was written, or of another format.
+    """
+    values = read_json(path)
+    found = values.get("format") if isinstance(values, dict) else None
+    if isinstance(found, int) and found != FORMAT:
+        todo = "update MOLE" if found > FORMAT else "train again"
+        raise CorruptFileError(f"{path}: format {found}; this version reads {FORMAT}: {todo}")
+    try:
+        card = Card.model_validate(values)
+        seal = value_digest({name: value for name, value in values.items() if name != "digest"})
+    except ValueError as error:
+        raise CorruptFileError(f"{path}: {error}") from None
+    if seal != card.digest:
+        raise CorruptFileError(f"{path}: altered after it was written; train again or copy it anew")
+    return card

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mole.checkpoints.recipes import subject
 from mole.errors import MoleError
 
 FEATURES = 64
@@ -36,19 +37,12 @@ class Conditions:
     @classmethod
     def of(cls, names: Sequence[str], size: int, given: Mapping[str, Tensor | float]) -> "Conditions":
         """Scalars by their names, the others unknown; every network has a start."""
-        if unknown := set(given) - {*names, *(name for name in given if name.startswith("start_"))}:
+        if unknown := set(given) - set(names):
             raise MoleError(
                 f"{', '.join(sorted(unknown))}: no condition of this generator; it knows {', '.join(names)}"
             )
         columns = [torch.as_tensor(given.get(name, math.nan), dtype=torch.float32).expand(size) for name in names]
-        scalars = torch.stack(columns, 1) if columns else torch.empty(size, 0)
-        return cls(scalars, torch.ones(size, dtype=torch.bool))
-
-    def __len__(self) -> int:
-        return len(self.scalars)
-
-    def __getitem__(self, rows: slice | Tensor) -> "Conditions":
-        return self._each(lambda tensor: tensor[rows])
+        return cls(torch.stack(columns, 1), torch.ones(size, dtype=torch.bool))
 
     def to(self, device: torch.device) -> "Conditions":
         """The same on another device."""
@@ -89,14 +83,12 @@ class Conditions:
 
 def scale_of(name: str, value: Tensor) -> Tensor:
     """A scalar brought to order 1: losses, rates and counts by their logarithm, accuracies by that of the error."""
-    kind = name.removeprefix("start_").removeprefix("target_")
+    kind = subject(name)
     if kind == "accuracy":
         return (1.003 - value).log()
-    if kind == "error":
-        return (0.003 + value).log()
     if kind == "return":
         return value / 100
-    if kind in ("loss", "learning_rate", "steps"):
+    if kind in ("loss", "learning_rate", "batch_size", "steps"):
         return (value.clamp_min(0) + 1e-3).log()
     return value
 

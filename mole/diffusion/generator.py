@@ -4,65 +4,55 @@ Dimensions: N networks, P parameters, K examples, M numbers per example.
 """
 
 import platform
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mole.checkpoints.recipes import CODES
-from mole.diffusion.card import FORMAT, Card, parse
+from mole.diffusion.card import Card, read_card
 from mole.diffusion.codec import Codec
 from mole.diffusion.conditions import Conditions
 from mole.diffusion.denoiser import Networks
 from mole.diffusion.models import AnyDenoiser, make_denoiser
 from mole.diffusion.pairs import with_data
 from mole.diffusion.process import Drawn, reverse
+from mole.diffusion.request import (
+    Request,
+    Support,
+    check_architecture,
+    check_numbers,
+    check_starts,
+    check_support,
+    check_wanted,
+    warn_outside,
+)
 from mole.diffusion.samples import Samples
-from mole.errors import CorruptFileError, MoleError, PromptWarning
-from mole.files import file_digest, read_json, replacing, write_json, write_text
+from mole.errors import CorruptFileError, MoleError
+from mole.files import file_digest, replacing, write_json, write_text
 from mole.representations import WeightSpec, weights_digest
+from mole.representations.handling import Elements
 from mole.seeding import derived
-from mole.tasks import Architecture, Classification, load_task
-
-Support = tuple[Tensor, Tensor]
-"""Labelled examples of the data: images (K, M) or (N, K, M), labels (K,) or (N, K)."""
+from mole.tasks import Architecture, Task, labelled, load_task
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a generator."""
+class Asked(NamedTuple):
+    """A request as the denoiser takes it."""
 
-    starts: Tensor | None
-    """(N, P), or nothing: networks from noise alone."""
-    asked: Mapping[str, Tensor | float]
-    """Conditions by their names; those that are left out are not asked for."""
-    support: Support | None = None
-    architecture: Architecture | None = None
-    """Of the networks; by default those of the generator's task."""
-    seeds: Sequence[int] = ()
-    """Of the noise, one per network."""
-    evaluations: int = 1
-    guidance: float = 1.0
-
-    def part(self, low: int, high: int) -> "Request":
-        """The networks from `low` to `high`."""
-        asked = {k: v[low:high] if isinstance(v, Tensor) and v.ndim else v for k, v in self.asked.items()}
-        support = self.support
-        if support is not None and support[1].ndim == 2:
-            support = support[0][low:high], support[1][low:high]
-        starts = None if self.starts is None else self.starts[low:high]
-        return replace(self, starts=starts, asked=asked, support=support, seeds=self.seeds[low:high])
+    start: Tensor
+    """(N, Z), normalised; zeros where there is none."""
+    conditions: Conditions
+    losses: Tensor | None
+    """(N,) of the starts, on the CPU; on the support set where there is one."""
+    elements: Elements | None
+    """That brought the starts into canonical form."""
 
 
 class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-learning"]):
@@ -82,7 +72,7 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
     """
 
     def __init__(
-        self, model: AnyDenoiser, codec: Codec, card: Card, device: torch.device, known: Classification | None = None
+        self, model: AnyDenoiser, codec: Codec, card: Card, device: torch.device, known: Task | None = None
     ) -> None:  # other names than in the card, from which the Hugging Face mix-in would fill them
         self.denoiser, self.codec, self.card, self.device, self._known = model, codec, card, device, known
         model.requires_grad_(requires_grad=False)  # where gradients may be asked for, attention rounds otherwise
@@ -93,11 +83,9 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         return self.codec.spec
 
     @cached_property
-    def task(self) -> Classification:
+    def task(self) -> Task:
         """The task whose networks it generates."""
-        task = self._known or load_task(self.card.task).to(self.device)
-        assert isinstance(task, Classification)
-        return task
+        return self._known or load_task(self.card.task).to(self.device)
 
     @property
     def digest(self) -> str:
@@ -142,41 +130,30 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         Warns:
             PromptWarning: a target lies outside what the zoo holds.
         """
-        wanted = self._wanted(asked, {"n": n, "seed": seed, "evaluations": evaluations}, guidance)
-        self._warn_outside_range(wanted)
+        faults = check_numbers({"n": n, "seed": seed, "evaluations": evaluations}, guidance)
+        wanted, more = check_wanted(self.card, asked)
+        if faults or more:
+            raise MoleError("; ".join([*faults, *more]))
+        warn_outside(self.card, wanted)
         task = self._task_for(architecture)
         seeds = [derived("noise", seed, index) for index in range(n)]
         given, origins = self._starts(starts, task, [derived("fresh start", seed, index) for index in range(n)])
-        data = None
-        if support is not None:
-            data = self._checked_support(support, n)
-        elif self.card.denoiser.data:
-            raise MoleError(
-                "support: this generator is told by labelled examples what its networks are for; give images "
-                f"(K, {self.card.examples}) and labels (K,)"
-            )
+        data = check_support(self.card, support, n, self.task)
         request = Request(given, wanted, data, architecture, seeds, evaluations, float(guidance))
-        drawn, known = self._draw(request, task, seeds)
-        prompt = {name: asked[name] for name in asked if asked[name] is not None} or dict(wanted)
+        drawn, losses = self._draw(request, task, seeds)
+        prompt: dict[str, Any] = {name: value for name, value in asked.items() if value is not None} or dict(wanted)
         if guidance != 1:
             prompt["guidance"] = float(guidance)
-        records = [
-            {
-                "weights": weights_digest(drawn.flat[i]),
-                "generator": self.digest,
-                "zoo": self.card.zoo,
-                "prompt": prompt,
-                "start": {**origins[i], **({"loss": float(known[i])} if known is not None else {})},
-                "seed": seed,
-                "index": i,
-                "drawn_together": n,
-                "network_evaluations": drawn.evaluations,
-                "architecture": task.architecture.model_dump(mode="json"),
-                **({} if data is None else {"support": _digest(data, i)}),
-                "versions": versions(),
-            }
-            for i in range(n)
-        ]
+        common = {
+            "generator": self.digest, "zoo": self.card.zoo, "prompt": prompt, "seed": seed, "drawn_together": n,
+            "network_evaluations": drawn.evaluations, "architecture": task.architecture.model_dump(mode="json"),
+            "versions": versions(),
+        }  # fmt: skip
+        records = []
+        for i, origin in enumerate(origins):
+            start = origin if losses is None else {**origin, "loss": float(losses[i])}
+            told = {} if data is None else {"support": _digest(data, i)}
+            records.append({"weights": weights_digest(drawn.flat[i]), "index": i, "start": start, **common, **told})
         return Samples(drawn.flat, task.spec, task.architecture, records, drawn.evaluations)
 
     def draw(self, request: Request, *, seed: int = 0) -> Drawn:
@@ -190,7 +167,7 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
 
     @torch.no_grad()
     def _draw(
-        self, request: Request, task: Classification, seeds: Sequence[int], at_once: int = 256
+        self, request: Request, task: Task, seeds: Sequence[int], at_once: int = 256
     ) -> tuple[Drawn, Tensor | None]:
         """Weights and, where there are starts, their losses; both on the CPU."""
         codec = self.codec.of(task.spec)
@@ -200,19 +177,19 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         for low in range(0, len(seeds), at_once):
             part = request.part(low, low + at_once)
             noise = torch.stack([_noise(s, codec.size) for s in part.seeds]).to(self.device)
-            start, conditions, elements = self._conditioned(part, task, codec)
-            if "start_loss" in conditions[1]:
-                losses.append(conditions[1]["start_loss"].cpu())
-            denoise = _Guided(self.denoiser, codec, start, conditions[0], request.guidance)
+            asked = self._asked(part, task, codec)
+            if asked.losses is not None:
+                losses.append(asked.losses)
+            denoise = _Guided(self.denoiser, codec, asked, request.guidance)
             process = self.card.denoiser.process
             found = reverse(denoise, noise, request.evaluations, kind=process, seeds=part.seeds)
             flat = codec.restore(found.flat)
-            drawn.append((flat if elements is None else elements.undo(flat)).cpu())
+            drawn.append((flat if asked.elements is None else asked.elements.undo(flat)).cpu())
             calls = denoise.calls
         return Drawn(torch.cat(drawn), calls), torch.cat(losses) if losses else None
 
-    def _conditioned(self, request: Request, task: Classification, codec: Codec) -> Any:
-        """Normalised starts, conditions with what is known of the starts, and the elements that made them canonical."""
+    def _asked(self, request: Request, task: Task, codec: Codec) -> Asked:
+        """A request with what can be measured of its starts."""
         size, names = len(request.seeds), self.card.denoiser.conditions
         known = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in request.asked.items()}
         support = request.support
@@ -223,150 +200,43 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
             conditions = conditions.without(started=torch.ones(size, dtype=torch.bool))
             if support is not None:
                 conditions = replace(conditions, images=support[0].cpu(), labels=support[1].cpu())
-            return torch.zeros(size, codec.size, device=self.device), (conditions.to(self.device), {}), None
+            nothing = torch.zeros(size, codec.size, device=self.device)
+            return Asked(nothing, conditions.to(self.device), None, None)
         starts = request.starts.to(self.device)
         if support is not None:
-            metrics = task.judge(starts, support[0].to(self.device), support[1].to(self.device))
+            measured = labelled(task).judge(starts, support[0].to(self.device), support[1].to(self.device))
         else:
-            metrics = task.measure(starts, "prompt")
-        measured = {f"start_{name}": values for name, values in metrics.items()}
-        conditions = Conditions.of(names, size, {**{k: v.cpu() for k, v in measured.items()}, **known})
+            measured = task.measure(starts, "prompt")
+        metrics = {f"start_{name}": values.cpu() for name, values in measured.items()}
+        conditions = Conditions.of(names, size, {**{k: v for k, v in metrics.items() if k in names}, **known})
         elements = codec.elements(request.starts)
         starts = starts if elements is None else elements.act(starts)
         if support is not None:  # the gradient in the order that the denoiser sees
             conditions = with_data(conditions, codec, task, starts, *(part.to(self.device) for part in support))
-        return codec.normalise(starts), (conditions.to(self.device), measured), elements
+        return Asked(codec.normalise(starts), conditions.to(self.device), metrics["start_loss"], elements)
 
-    def _task_for(self, architecture: Architecture | None) -> Classification:
+    def _task_for(self, architecture: Architecture | None) -> Task:
         """The task with networks of an architecture.
 
         Raises:
             MoleError: such networks do not fit the task's data, or were never seen with their activation.
         """
-        if architecture is not None and not isinstance(architecture, Architecture):
-            raise MoleError(f"architecture is {architecture!r}; legal is an Architecture, {self.card.architecture!r}")
-        seen = sorted({known.activation for known in self.card.architectures})
-        if architecture is not None and architecture.activation not in seen:
-            raise MoleError(
-                f"this generator has seen no {architecture.activation} networks; it knows {', '.join(seen)}"
-            )
+        if architecture is not None:
+            check_architecture(self.card, architecture)
         return self.task if architecture is None else self.task.with_architecture(architecture)
 
-    def _starts(self, starts: Any, task: Classification, seeds: Sequence[int]) -> tuple[Tensor | None, list[Any]]:
+    def _starts(self, starts: Any, task: Task, seeds: Sequence[int]) -> tuple[Tensor | None, list[Any]]:
         """Plain float32 weights (n, P) on the CPU, and where each came from.
 
         Raises:
             MoleError: they do not fit the network, naming the tensor and both shapes where it is known.
         """
-        n, size = len(seeds), task.spec.size
-        if isinstance(starts, str):
-            if starts not in ("fresh", "none"):
-                raise MoleError(f"starts is {starts!r}; legal is 'fresh', 'none', weights ({n}, {size}), or networks")
-            if starts == "none":
-                return None, [{"kind": "none"} for _ in seeds]
+        if isinstance(starts, str) and starts == "none":
+            return None, [{"kind": "none"} for _ in seeds]
+        if isinstance(starts, str) and starts == "fresh":
             return task.initial(seeds), [{"kind": "fresh initialisation", "seed": s} for s in seeds]
-        if isinstance(starts, Sequence):
-            states = [s.state_dict() if isinstance(s, nn.Module) else s for s in starts]
-            for number, state in enumerate(states):
-                if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-                    raise MoleError(f"starts[{number}] is {type(state).__name__}; legal is a network or its state dict")
-                try:
-                    task.spec.check(state)
-                except MoleError as error:
-                    raise MoleError(f"starts[{number}]: {error}") from None
-            starts = torch.stack([task.spec.flatten(state) for state in states]) if states else torch.empty(0, size)
-        if not isinstance(starts, Tensor) or starts.shape != (n, size) or not starts.isfinite().all():
-            found = tuple(starts.shape) if isinstance(starts, Tensor) else type(starts).__name__
-            raise MoleError(f"starts: found {found}; legal is a tensor ({n}, {size}), all finite")
-        plain = starts.detach().float().cpu()
+        plain = check_starts(starts, task.spec, len(seeds))
         return plain, [{"kind": "given weights", "weights": weights_digest(start)} for start in plain]
-
-    def _checked_support(self, support: Any, n: int) -> Support:
-        """Images (n, K, M) and labels (n, K).
-
-        Raises:
-            MoleError: the generator reads no data, or these are not examples of its classes.
-        """
-        if not self.card.denoiser.data:
-            raise MoleError("support: this generator was not trained to read data; legal is generator.data: true")
-        try:
-            images, labels = (torch.as_tensor(part) for part in support)
-        except (TypeError, ValueError) as error:
-            raise MoleError(f"support: {error}; legal is a pair of images (K, M) and labels (K,)") from None
-        if images.ndim not in (2, 3) or labels.shape != images.shape[:-1] or images.shape[-1] != self.card.examples:
-            raise MoleError(
-                f"support: images {tuple(images.shape)} and labels {tuple(labels.shape)}; legal is (K, "
-                f"{self.card.examples}) and (K,), or ({n}, K, {self.card.examples}) and ({n}, K)"
-            )
-        classes = self.task.classes
-        if labels.is_floating_point() or not bool(((labels >= 0) & (labels < classes)).all()):
-            wrong = sorted(set(labels[(labels < 0) | (labels >= classes)].tolist()))[:5]
-            raise MoleError(f"support: labels {wrong or labels.dtype}; legal is whole numbers from 0 to {classes - 1}")
-        if images.ndim == 3 and len(images) != n:
-            raise MoleError(f"support: of {len(images)} networks, but {n} are asked for")
-        if not images.isfinite().all():
-            raise MoleError("support: some numbers of the images are not finite")
-        return images.float().expand(n, -1, -1), labels.long().expand(n, -1)
-
-    def _wanted(self, asked: Mapping[str, Any], whole: Mapping[str, Any], guidance: Any) -> dict[str, float]:
-        """Conditions as numbers; everything that is wrong, at once.
-
-        Raises:
-            MoleError: an argument is not legal.
-        """
-        limits = {"n": (1, 2**20), "seed": (0, 2**20 - 1), "evaluations": (1, 1000)}
-        faults = [
-            f"{name} is {value!r}; legal is a whole number from {limits[name][0]} to {limits[name][1]}"
-            for name, value in whole.items()
-            if isinstance(value, bool) or not isinstance(value, int) or not limits[name][0] <= value <= limits[name][1]
-        ]
-        if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not 0 <= guidance <= 20:
-            faults.append(f"guidance is {guidance!r}; legal is a number from 0 to 20")
-        known, wanted = self.card.denoiser.conditions, dict[str, float]()
-        for name, value in asked.items():
-            if value is None:
-                continue
-            if (
-                name == "target_error"
-                and "target_accuracy" in known
-                and isinstance(value, int | float | np.floating | np.integer)
-            ):
-                name, value = "target_accuracy", 1 - value
-            if name not in known:
-                faults.append(f"{name} is no condition of this generator; it knows {', '.join(known)}")
-            elif name in CODES:
-                if value not in CODES[name]:
-                    faults.append(f"{name} is {value!r}; legal: {', '.join(CODES[name])}")
-                else:
-                    wanted[name] = float(CODES[name].index(str(value)))
-            elif (
-                isinstance(value, bool)
-                or not isinstance(value, int | float | np.floating | np.integer)
-                or not 0 < value < 1e6
-            ):
-                faults.append(f"{name} is {value!r}; legal is a number above 0")
-            elif name.endswith("_accuracy") and value > 1:
-                faults.append(f"{name} is {value!r}; legal is a share above 0 and up to 1")
-            elif name in wanted:
-                faults.append(f"{name} is asked for twice")
-            else:
-                wanted[name] = float(value)
-        if faults:
-            raise MoleError("; ".join(faults))
-        if not wanted and "target_loss" in known:
-            wanted["target_loss"] = self.card.ranges["loss"][0]
-        return wanted
-
-    def _warn_outside_range(self, wanted: Mapping[str, float]) -> None:
-        for name, value in wanted.items():
-            low, high = self.card.ranges.get(name.removeprefix("target_"), (-float("inf"), float("inf")))
-            if name.startswith("target_") and not low * (1 - 1e-6) <= value <= high * (1 + 1e-6):
-                warnings.warn(
-                    f"{name} {value:.4g} lies outside the zoo, {low:.4g} to {high:.4g}; "
-                    "the generator has seen no such network",
-                    PromptWarning,
-                    stacklevel=3,
-                )
 
     def save(self, folder: str | Path) -> "Generator":
         """Write `model.safetensors`, `README.md`, then `config.json` with its digest; returns it as loaded."""
@@ -390,24 +260,13 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         folder = Path(path)
         folder = folder / "generator" if (folder / "generator").is_dir() else folder
         try:
-            values = read_json(folder / "config.json")
+            card = read_card(folder / "config.json")
             found = file_digest(folder / "model.safetensors")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise MoleError(
                 f"{path}: no generator here ({error.filename} is missing); legal is a run folder or a folder of "
                 "config.json and model.safetensors, as `python train.py` writes them"
             ) from None
-        if isinstance(values, dict) and values.get("format", FORMAT) != FORMAT:
-            raise CorruptFileError(
-                f"{folder}/config.json: format {values['format']}; this version reads {FORMAT}: "
-                f"{'update MOLE' if str(values['format']).isdigit() and values['format'] > FORMAT else 'train again'}"
-            )
-        try:
-            card = parse(values)
-        except ValidationError as error:
-            raise CorruptFileError(f"{folder}/config.json: {error}") from None
-        if card.sealed() != card:
-            raise CorruptFileError(f"{folder}/config.json: altered after it was written; train again or copy it anew")
         if found != card.weights:
             raise CorruptFileError(f"{folder}/model.safetensors: truncated or altered; train again or copy it anew")
         try:
@@ -444,17 +303,14 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
 class _Guided:
     """The denoiser with its start and conditions, counted; the prompt may be overdone."""
 
-    def __init__(
-        self, denoiser: AnyDenoiser, codec: Codec, start: Tensor, conditions: Conditions, guidance: float
-    ) -> None:
-        self.denoiser, self.codec, self.start, self.conditions = denoiser, codec, start, conditions
-        self.guidance, self.calls = guidance, 0
+    def __init__(self, denoiser: AnyDenoiser, codec: Codec, asked: Asked, guidance: float) -> None:
+        self.denoiser, self.codec, self.asked, self.guidance, self.calls = denoiser, codec, asked, guidance, 0
         told = [not name.startswith("start_") for name in denoiser.config.conditions]
-        columns = torch.tensor(told, device=start.device).expand(len(start), -1)
-        self.unprompted = conditions.without(columns)
+        columns = torch.tensor(told, device=asked.start.device).expand(len(asked.start), -1)
+        self.unprompted = asked.conditions.without(columns)
 
     def __call__(self, noised: Tensor, level: Tensor) -> Tensor:
-        clean = self._once(noised, level, self.conditions)
+        clean = self._once(noised, level, self.asked.conditions)
         if self.guidance == 1:
             return clean
         plain = self._once(noised, level, self.unprompted)
@@ -462,7 +318,7 @@ class _Guided:
 
     def _once(self, noised: Tensor, level: Tensor, conditions: Conditions) -> Tensor:
         self.calls += 1
-        return self.denoiser([Networks(self.codec.view, noised, self.start, level, conditions)])[0]
+        return self.denoiser([Networks(self.codec.view, noised, self.asked.start, level, conditions)])[0]
 
 
 def _digest(support: Support, row: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mole.diffusion.denoiser import Networks
 from mole.diffusion.models import AnyDenoiser
 from mole.diffusion.pairs import Batch
 from mole.seeding import stream
-from mole.tasks import Classification
+from mole.tasks import Task
 
 
 class DenoiserTraining(L.LightningModule):
@@ -34,7 +34,7 @@ class DenoiserTraining(L.LightningModule):
         self,
         denoiser: AnyDenoiser,
         codecs: Sequence[Codec],
-        tasks: Sequence[Classification],
+        tasks: Sequence[Task],
         config: TrainConfig,
         *,
         seed: int,
@@ -46,19 +46,15 @@ class DenoiserTraining(L.LightningModule):
         self.tasks, self.codecs, self.config, self.seed = tasks, codecs, config, seed
 
     def training_step(self, batch: list[Batch], batch_index: int) -> dict[str, Tensor]:
-        energy = self.config.objective == "energy"
-        passes = [part.noised for part in batch] + [part.again for part in batch if energy]
-        parts = [*batch, *batch] if energy else batch
-        networks = [self.networks(part, noised, part.level) for part, noised in zip(parts, passes, strict=True)]
-        predicted = self.denoiser(networks)  # (B, P) per part
-        wanted = [part.clean for part in batch]
-        if self.config.objective == "consistency":
-            wanted = self._ends(batch)
+        networks = [self.networks(part, part.noised, part.level) for part in batch]
+        others = [self.networks(part, part.again, part.level) for part in batch if part.again is not None]
+        predicted = self.denoiser([*networks, *others])  # (B, P) per part
         error, divergence = torch.zeros_like(predicted[0][0, 0]), torch.zeros_like(predicted[0][0, 0])
+        wanted = self._ends(batch)
         for number, part in enumerate(batch):
             share = len(part.level) / sum(len(other.level) for other in batch)
             found, clean = predicted[number], wanted[number]
-            if energy:
+            if others:
                 error = error + share * _energy(found, predicted[len(batch) + number], clean)
             else:
                 error = error + share * F.mse_loss(found, clean)
@@ -73,24 +69,21 @@ class DenoiserTraining(L.LightningModule):
 
     @torch.no_grad()
     def _ends(self, batch: list[Batch]) -> list[Tensor]:
-        """Where the averaged denoiser sees a lower level of the same noise end; without noise the clean weights."""
-        ends = self.average([self.networks(part, part.earlier, part.earlier_level) for part in batch])
-        return [torch.where((part.earlier_level > 0)[:, None], end, part.clean)
-                for part, end in zip(batch, ends, strict=True)]  # fmt: skip
+        """What is to be predicted: the clean weights; for `consistency`, where the averaged denoiser ends from a lower
+        level of the same noise."""
+        earlier = [(part, *part.earlier) for part in batch if part.earlier is not None]
+        if not earlier:
+            return [part.clean for part in batch]
+        ends = self.average([self.networks(*there) for there in earlier])
+        return [torch.where((level > 0)[:, None], end, part.clean)
+                for (part, _, level), end in zip(earlier, ends, strict=True)]  # fmt: skip
 
     def _divergence(self, predicted: Tensor, clean: Tensor, part: Batch) -> Tensor:
         task, codec = self.tasks[part.layout], self.codecs[part.layout]
         generator = stream("function images", self.seed, self.global_step)
-        index = torch.randint(len(task.train), (self.config.function_images,), generator=generator)
-        images = task.train.images[index.to(task.device)]  # (I, D)
-        own, there = task.config.subtasks.differ, 1.0
-        if own:  # as each run sees them, (B, I, D); images of labels that a run has never seen do not count
-            images, labels = task.shown(images, task.train.labels[index.to(task.device)], part.seeds)
-            there = (labels >= 0) / (labels >= 0).float().mean(1, keepdim=True).clamp_min(1e-6)
-        with torch.no_grad():
-            wanted = task.logits(codec.restore(clean), images, own=own).log_softmax(-1)  # (B, I, C)
-        found = task.logits(codec.restore(predicted), images, own=own).log_softmax(-1)  # (B, I, C)
-        return (F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1) * there).mean()
+        return task.divergence(
+            codec.restore(predicted), codec.restore(clean), self.config.function_images, generator, part.seeds
+        )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 
 from mole.checkpoints import Zoo
 from mole.checkpoints.layouts import variants
-from mole.checkpoints.recipes import CODES, RECIPE, coded
+from mole.checkpoints.recipes import CODES, RECIPE, coded, subject
 from mole.checkpoints.stream import Reservoir
 from mole.config import GeneratorConfig, TrainConfig
 from mole.diffusion.codec import Codec
@@ -25,7 +25,7 @@ from mole.diffusion.process import noise_level, noise_schedule
 from mole.files import value_digest
 from mole.representations.handling import Augmentation, Canonical, Elements
 from mole.seeding import stream
-from mole.tasks import Classification
+from mole.tasks import Task, labelled
 
 
 class Pairs(NamedTuple):
@@ -50,18 +50,16 @@ class Batch(NamedTuple):
     level: Tensor
     conditions: Conditions
     seeds: list[int]
-    again: Tensor
-    """(B, P): the same networks under other noise of the same level."""
-    earlier: Tensor
-    """(B, P): under the same noise at a lower level; where there is none, without noise."""
-    earlier_level: Tensor
-    """(B,)."""
+    again: Tensor | None = None
+    """(B, P): the same networks under other noise of the same level; for `energy`."""
+    earlier: tuple[Tensor, Tensor] | None = None
+    """(B, P) and levels (B,): under the same noise at a lower level, or without noise; for `consistency`."""
 
 
 class PairSource(Protocol):
     """Where pairs come from: a zoo, or populations that are still training."""
 
-    tasks: list[Classification]
+    tasks: list[Task]
     """Of every layout, the whole task with networks of that layout; the first is the configuration's own, if it is
     there."""
 
@@ -105,7 +103,7 @@ class ZooPart:
     """The networks of one layout in a zoo."""
 
     zoo: Zoo
-    task: Classification
+    task: Task
     names: Sequence[str]
     """Conditions of the generator."""
 
@@ -121,7 +119,7 @@ class ZooPart:
     @cached_property
     def values(self) -> dict[str, Tensor]:
         """Columns of the index that conditions need: (n,)."""
-        bare = {name.removeprefix("start_").removeprefix("target_") for name in self.names}
+        bare = {subject(name) for name in self.names}
         found: dict[str, Tensor] = {"steps": torch.from_numpy(self.zoo.column("step").astype(np.float32))}
         for name in bare - {"steps"}:
             if name in self.zoo.columns:
@@ -142,7 +140,7 @@ def known_of(names: Sequence[str], start: Mapping[str, Tensor], clean: Mapping[s
     """Conditions by their names, from what is known of starts and of later states."""
     found = {}
     for name in names:
-        bare = name.removeprefix("start_").removeprefix("target_")
+        bare = subject(name)
         if name == "steps":
             found[name] = clean["steps"] - start["steps"]
         elif bare in clean:
@@ -150,18 +148,22 @@ def known_of(names: Sequence[str], start: Mapping[str, Tensor], clean: Mapping[s
     return found
 
 
+def _metrics(conditions: Sequence[str]) -> list[str]:
+    """The metrics that conditions are about, and the loss."""
+    return sorted({subject(name) for name in conditions if name != subject(name)} | {"loss"})
+
+
 class ZooPairs:
     """Pairs from a zoo; its weights stay where they are."""
 
-    def __init__(self, zoo: Zoo, task: Classification, config: GeneratorConfig) -> None:
+    def __init__(self, zoo: Zoo, task: Task, config: GeneratorConfig) -> None:
         self.zoo, self.digest = zoo, zoo.digest
         self.parts = [ZooPart(part, variant, config.conditions) for part, variant in variants(zoo, task)]
         self.tasks = [part.task for part in self.parts]
         self.runs = torch.tensor([float(part.zoo.runs) for part in self.parts])
         self.elements: Elements | None = None
-        names = {n.partition("_")[2] for n in config.conditions if n.startswith(("start_", "target_"))} | {"loss"}
-        values = {name: zoo.loss if name == zoo.metric else torch.from_numpy(zoo.column(name)) for name in names
-                  if name == zoo.metric or name in zoo.columns}  # fmt: skip
+        values = {name: zoo.loss if name == zoo.metric else torch.from_numpy(zoo.column(name))
+                  for name in _metrics(config.conditions) if name == zoo.metric or name in zoo.columns}  # fmt: skip
         self.ranges = {name: (float(found.min()), float(found.max())) for name, found in values.items()}
 
     def chunks(self, layout: int) -> Iterable[Tensor]:
@@ -189,8 +191,9 @@ class ZooPairs:
     def pairs(self, config: TrainConfig, generator: torch.Generator) -> list[tuple[int, Pairs]]:
         count = min(config.layouts, len(self.parts), config.batch_size)
         chosen = [0] if len(self.parts) == 1 else torch.multinomial(self.runs, count, generator=generator).tolist()
-        return [(which, self._pairs(self.parts[which], config.batch_size // count, config, generator))
-                for which in chosen]  # fmt: skip
+        whole, rest = divmod(config.batch_size, count)
+        return [(which, self._pairs(self.parts[which], whole + (number < rest), config, generator))
+                for number, which in enumerate(chosen)]  # fmt: skip
 
     def _pairs(self, part: ZooPart, size: int, config: TrainConfig, generator: torch.Generator) -> Pairs:
         run = torch.randint(len(part.counts), (size,), generator=generator)
@@ -204,7 +207,7 @@ class ZooPairs:
 class StreamPairs:
     """Pairs from populations in transit; which ones depends on how fast they train."""
 
-    def __init__(self, reservoir: Reservoir, task: Classification, config: GeneratorConfig) -> None:
+    def __init__(self, reservoir: Reservoir, task: Task, config: GeneratorConfig) -> None:
         self.reservoir, self.tasks, self.names = reservoir, [task], config.conditions
 
     @property
@@ -213,7 +216,8 @@ class StreamPairs:
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
-        return {"loss": (self.reservoir.flow.low, self.reservoir.flow.high)}
+        found = self.reservoir.flow.ranges
+        return {name: found[name] for name in _metrics(self.names) if name in found}
 
     def chunks(self, layout: int) -> Iterable[Tensor]:
         return [run.weights for run in self.reservoir.runs]
@@ -317,16 +321,16 @@ class PairBatches(IterableDataset[list[Batch]]):
         noise = torch.randn(clean.shape, generator=generator)
         noised = self.schedule.add_noise(clean, noise, cast(torch.IntTensor, timestep))
         level = noise_level(self.schedule, timestep)
-        again, earlier, earlier_level = noised, clean, torch.zeros_like(level)
+        again = earlier = None
         if config.objective == "energy":
             other = torch.randn(clean.shape, generator=generator)
             again = self.schedule.add_noise(clean, other, cast(torch.IntTensor, timestep))
         if config.objective == "consistency":
             before = timestep - max(1, round(self._gap(step) * (last + 1)))
             there, lower = before >= 0, cast(torch.IntTensor, before.clamp_min(0))
-            earlier = torch.where(there[:, None], self.schedule.add_noise(clean, noise, lower), clean)
-            earlier_level = torch.where(there, noise_level(self.schedule, lower), 0.0)
-        return Batch(layout, noised, start, clean, level, conditions, pairs.seeds, again, earlier, earlier_level)
+            less = torch.where(there[:, None], self.schedule.add_noise(clean, noise, lower), clean)
+            earlier = less, torch.where(there, noise_level(self.schedule, lower), 0.0)
+        return Batch(layout, noised, start, clean, level, conditions, pairs.seeds, again, earlier)
 
     def _gap(self, step: int) -> float:
         """Distance between two levels of a chain of consistent predictions: it halves from 1/2 to 1/32 (Song &
@@ -339,7 +343,7 @@ class PairBatches(IterableDataset[list[Batch]]):
         names, size = codec.config.conditions, len(start)
         found = Conditions.of(names, size, pairs.known)
         if codec.config.data:
-            support = task.support(pairs.seeds, config.support_images, generator)
+            support = labelled(task).support(pairs.seeds, config.support_images, generator)
             found = with_data(found, codec, task, start, *support)
         forgotten = torch.rand(size, len(names), generator=generator) < config.drop_fraction
         unstarted = torch.rand(size, generator=generator) < config.drop_start_fraction
@@ -349,9 +353,9 @@ class PairBatches(IterableDataset[list[Batch]]):
 
 
 def with_data(
-    conditions: Conditions, codec: Codec, task: Classification, start: Tensor, images: Tensor, labels: Tensor
+    conditions: Conditions, codec: Codec, task: Task, start: Tensor, images: Tensor, labels: Tensor
 ) -> Conditions:
     """Conditions with support sets (B, K, M), (B, K), and the gradients of the starts (B, P) on them."""
-    gradient = task.gradient(start.to(images.device), images, labels).cpu() * codec.scale.cpu()
+    gradient = labelled(task).gradient(start.to(images.device), images, labels).cpu() * codec.scale.cpu()
     size = gradient.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
     return replace(conditions, images=images.cpu(), labels=labels.cpu(), gradient=gradient / size)

@@ -3,10 +3,8 @@
 import logging
 import math
 import os
-import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +13,20 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch.utils.data import DataLoader
 
-from mole.checkpoints import Zoo
-from mole.checkpoints.layouts import own_part
 from mole.config import Config, GeneratorConfig
 from mole.diffusion.card import FORMAT, Card
 from mole.diffusion.codec import Codec
-from mole.diffusion.generator import Generator, Request
-from mole.diffusion.models import AnyDenoiser, make_denoiser
+from mole.diffusion.generator import Generator
+from mole.diffusion.models import make_denoiser
 from mole.diffusion.module import DenoiserTraining
 from mole.diffusion.pairs import PairBatches, PairSource
-from mole.diffusion.speed import operations, peak
+from mole.diffusion.watch import Data, Kept, Log, Watch, averaged, resumable
 from mole.errors import MoleError
-from mole.files import remove, replacing
 from mole.reporting import Advance
 from mole.representations import EntryScale
 from mole.representations.handling import Canonical
 from mole.representations.structure import word
-from mole.seeding import Seeded, stream
-from mole.tasks import Classification
-
-logger = logging.getLogger("mole")
-
-Log = Callable[[int, Mapping[str, float]], None]
-"""(step, metrics): told every `train.log_every` steps and at every validation."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a generator is trained on and validated with."""
-
-    task: Classification
-    source: Callable[[dict[str, Any]], PairSource]
-    """Training pairs, from where an earlier session of the same training left off; {} is the beginning."""
-    heldout: Zoo
+from mole.seeding import Seeded
 
 
 def train_generator(
@@ -79,13 +58,13 @@ def train_generator(
     Raises:
         MoleError: the loss became NaN or infinite.
     """
-    resumed = _resumable(state, identity)
+    resumed = resumable(state, identity)
     on_resume(resumed.step)
     source = data.source(resumed.source)
     codec = make_codec(config, source, resumed.codec).to(device)
     codecs = [codec.of(task.spec) for task in source.tasks]
     with Seeded(config.seed):
-        numbers = data.task.train.images[0].numel()
+        numbers = data.task.numbers
         denoiser = make_denoiser([c.view for c in codecs], config.generator, numbers=numbers)
     module = DenoiserTraining(denoiser, codecs, source.tasks, config.train, seed=config.seed)
 
@@ -102,8 +81,8 @@ def train_generator(
             block.compile()
     progress(resumed.step)
     batches = PairBatches(source, codecs, config.train, seed=config.seed, first_step=resumed.step)
-    kept = _State(state, identity, resumed.seconds, codec, source)
-    watch = _Watch(config, data, card, kept, device, progress, log)
+    kept = Kept(state, identity, resumed.seconds, codec, source)
+    watch = Watch(config, data, card, kept, device, progress, log)
     _quiet()
     try:
         resume = str(state) if resumed.step else None
@@ -118,7 +97,7 @@ def train_generator(
         raise KeyboardInterrupt from None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # left to the interpreter's exit, its threads abort now and then
-    return Generator(_averaged(module, device), codec, card(), device, source.tasks[0]), watch.seconds, resumed.seconds
+    return Generator(averaged(module, device), codec, card(), device, source.tasks[0]), watch.seconds, resumed.seconds
 
 
 def _fits(module: DenoiserTraining, source: PairSource, config: Config, device: torch.device) -> str:
@@ -133,7 +112,7 @@ def _fits(module: DenoiserTraining, source: PairSource, config: Config, device: 
         except torch.OutOfMemoryError:
             size //= 2
         else:
-            return f"{size} would; the training continues from where it was"
+            return f"{size} would: set train.batch_size {size}"
     return "not even 1 would: lower generator.width"
 
 
@@ -198,47 +177,6 @@ def _trainer(config: Config, device: torch.device, watch: L.Callback) -> L.Train
     )
 
 
-def _averaged(module: DenoiserTraining, device: torch.device) -> AnyDenoiser:
-    denoiser = module.average.module
-    assert isinstance(denoiser, AnyDenoiser)
-    return denoiser.to(device).eval()
-
-
-@dataclass(frozen=True)
-class _State:
-    """Where the training state lies, whose it is, and the seconds spent before this session."""
-
-    path: Path
-    identity: str
-    seconds_before: float
-    codec: Codec
-    source: PairSource
-
-
-@dataclass(frozen=True)
-class _Resumed:
-    """Where an earlier session left off."""
-
-    step: int = 0
-    seconds: float = 0.0
-    codec: dict[str, Any] | None = None
-    source: dict[str, Any] = field(default_factory=dict)
-
-
-def _resumable(state: Path, identity: str) -> _Resumed:
-    """What a training state of this identity says; any other state is removed."""
-    if state.exists():
-        try:
-            found = torch.load(state, map_location="cpu", weights_only=True)
-            if found["identity"] == identity:
-                step, seconds = int(found["global_step"]), float(found["seconds"])
-                return _Resumed(step, seconds, dict(found["codec"]), dict(found["source"]))
-        except Exception:  # truncated, foreign or hostile: whatever is wrong, it is not ours
-            logger.warning("%s: not a training state; training from the beginning", state)
-        remove(state)
-    return _Resumed()
-
-
 def _quiet() -> None:
     """Lightning announces devices and worker counts; neither is news here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -248,109 +186,3 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*resuming from a checkpoint.*")
     warnings.filterwarnings("ignore", message=".*batching rule.*")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-
-
-class _Watch(L.Callback):
-    """Reports, validates and saves the state of a training."""
-
-    def __init__(
-        self,
-        config: Config,
-        data: Data,
-        card: Callable[[], Card],
-        state: _State,
-        device: torch.device,
-        progress: Advance,
-        log: Log,
-    ) -> None:
-        self.config, self.data, self.card, self.state = config, data, card, state
-        self.device, self.progress, self.report = device, progress, log
-        self.started, self.started_step = time.monotonic(), 0
-        self.operations = 0
-        self.waited, self.ready = 0.0, 0.0
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = self.state
-        checkpoint |= {
-            "identity": state.identity,
-            "seconds": self.seconds,
-            "codec": {"stds": state.codec.stds, "tensors": state.codec.state_dict()},
-        }
-        checkpoint["source"] = state.source.state()
-
-    @property
-    def seconds(self) -> float:
-        """Spent on the training, earlier sessions included."""
-        return self.state.seconds_before + time.monotonic() - self.started
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.started, self.started_step = time.monotonic(), trainer.global_step
-        self.waited, self.ready = 0.0, 0.0
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self.ready:
-            self.waited += time.monotonic() - self.ready
-        if not self.operations:
-            assert isinstance(pl_module, DenoiserTraining)
-            networks = [pl_module.networks(part, part.noised, part.level) for part in batch]
-            self.operations = operations(pl_module.denoiser, networks)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, DenoiserTraining)
-        step, train = trainer.global_step, self.config.train
-        self.progress(step, self.state.source.note())
-        if step % train.log_every == 0 or step == train.steps:
-            self._log_training(step, outputs, trainer)
-        if (step % train.validate_every == 0 or step == train.steps) and trainer.is_global_zero:
-            self._validate(step, pl_module)
-        if step % train.checkpoint_every == 0 and step < train.steps:
-            self._save(trainer)
-        self.ready = time.monotonic()
-
-    def _save(self, trainer: L.Trainer) -> None:
-        if trainer.is_global_zero:
-            with replacing(self.state.path) as temporary:
-                trainer.save_checkpoint(temporary)
-        else:  # which only takes part in what processes do together
-            trainer.save_checkpoint(self.state.path)
-
-    def _log_training(self, step: int, outputs: Any, trainer: L.Trainer) -> None:
-        values = {name: float(outputs[name]) for name in ("loss", "weight_error", "divergence")}
-        if not math.isfinite(values["loss"]):
-            raise MoleError(
-                f"training diverged: the loss is {values['loss']} at step {step}; lower train.learning_rate "
-                f"(now {self.config.train.learning_rate})"
-            )
-        rate = (step - self.started_step) / max(1e-9, time.monotonic() - self.started)
-        learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
-        wait = self.waited / max(1e-9, time.monotonic() - self.started)
-        values |= {"learning_rate": learning_rate, "steps_per_second": rate, "data_wait": wait}
-        values["tflops"] = rate * self.operations / 1e12
-        if (most := peak(self.device)) is not None:
-            values["mfu"] = rate * self.operations / most
-        self.report(step, {f"train/{name}": value for name, value in values.items()})
-
-    def _validate(self, step: int, module: DenoiserTraining) -> None:
-        """One pass from the first states of held-out runs, judged on prompt images."""
-        card, task = self.card(), self.state.source.tasks[0]
-        generator = Generator(_averaged(module, self.device), self.state.codec, card, self.device, task)
-        heldout = own_part(self.data.heldout, task)
-        seeds = heldout.column("seed")[heldout.first.numpy()].tolist()
-        starts = heldout.read(heldout.first)
-        support = None
-        if card.denoiser.data:
-            support = task.support(seeds, self.config.train.support_images, stream("support"))
-        request = Request(starts, {"target_loss": card.ranges["loss"][0]}, support=support)
-        drawn = generator.draw(request).flat
-        found = task.measure(drawn.to(self.device), "prompt", seeds)
-        self.report(
-            step,
-            {
-                "val/one_pass_loss": float(found["loss"].mean()),
-                "val/one_pass_accuracy": float(found["accuracy"].mean()),
-            },
-        )

@@ -57,17 +57,15 @@ def _alignment(axes: Axes, report: dict[str, Any]) -> None:
 
 
 def _optimisers(axes: Axes, report: dict[str, Any]) -> None:
-    one_pass = report["one_pass"]
+    one_pass, score = report["one_pass"], report["score"]
     for curve in report["figures"]["optimisers"]:
         name = curve["optimizer"]
         label = f"{OPTIMISERS[name]}, learning rate {curve['learning_rate']:g}"
-        accuracy = np.array(curve["accuracy"], dtype=float)
-        axes.plot(curve["steps"], accuracy, color=COLOURS[name], label=label)
-    one = f"one pass, {one_pass['accuracy_mean']:.3f}"
-    axes.axhline(one_pass["accuracy_mean"], color=COLOURS["generated"], label=one)
-    trained = f"training networks, {one_pass['trained_accuracy_mean']:.3f}"
-    axes.axhline(one_pass["trained_accuracy_mean"], color=COLOURS["training"], linestyle=":", label=trained)
-    axes.set(xlabel="optimiser steps from the same starts", ylabel="mean test accuracy")
+        axes.plot(curve["steps"], np.array(curve["score"], dtype=float), color=COLOURS[name], label=label)
+    mean, trained = one_pass[f"{score}_mean"], one_pass[f"trained_{score}_mean"]
+    axes.axhline(mean, color=COLOURS["generated"], label=f"one pass, {mean:.4g}")
+    axes.axhline(trained, color=COLOURS["training"], linestyle=":", label=f"training networks, {trained:.4g}")
+    axes.set(xlabel="optimiser steps from the same starts", ylabel=f"mean test {score}")
     axes.set_title(f"One pass against optimisers: {one_pass['starts']} held-out starts", fontsize=10)
     axes.legend(frameon=False, loc="lower right")
 
@@ -75,11 +73,11 @@ def _optimisers(axes: Axes, report: dict[str, Any]) -> None:
 def _novelty(axes: Axes, report: dict[str, Any]) -> None:
     for name, points in report["figures"]["novelty"].items():
         axes.scatter(
-            points["distance"], points["accuracy"], s=14, alpha=0.7, color=COLOURS[name],
+            points["distance"], points["score"], s=14, alpha=0.7, color=COLOURS[name],
             marker=MARKERS.get(name, "o"), label=LABELS[name],
         )  # fmt: skip
-    axes.set(xlabel="distance to the nearest training network, modulo permutation", ylabel="test accuracy")
-    axes.set_title("Accuracy against novelty", fontsize=10)
+    axes.set(xlabel="distance to the nearest training network, modulo permutation", ylabel=f"test {report['score']}")
+    axes.set_title(f"{report['score'].capitalize()} against novelty", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="best")
 
 
@@ -87,7 +85,7 @@ def _fine_tuning(axes: Axes, report: dict[str, Any]) -> None:
     for curve in report["fine_tuning"]:
         name = curve["origin"]
         label = f"{LABELS[name]}, learning rate {curve['learning_rate']:g}"
-        axes.plot(curve["steps"], np.array(curve["accuracy"], dtype=float), color=COLOURS[name], label=label)
-    axes.set(xlabel="Adam steps", ylabel="mean test accuracy")
+        axes.plot(curve["steps"], np.array(curve["score"], dtype=float), color=COLOURS[name], label=label)
+    axes.set(xlabel="Adam steps", ylabel=f"mean test {report['score']}")
     axes.set_title("Fine-tuning from generated networks, starts and the best null model", fontsize=10)
     axes.legend(frameon=False, loc="lower right")

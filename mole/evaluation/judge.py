@@ -26,7 +26,7 @@ from mole.evaluation.transfer import (
     unseen_architectures,
     unseen_initialisations,
 )
-from mole.tasks import Architecture, Classification
+from mole.tasks import Architecture, Classification, Task, labelled
 
 Tick = Callable[[], None]
 """Called after each part; there are `PARTS` of them."""
@@ -42,7 +42,7 @@ MOST = 2**14
 class Exhibits:
     """What is judged, and against what; every tensor on the CPU."""
 
-    task: Classification
+    task: Task
     training: Zoo
     """Runs of the task's own networks that the generator has learned from."""
     heldout: Zoo
@@ -94,18 +94,18 @@ class Exhibits:
         """One pass from the starts: weights (S, P), evaluations per network."""
         return self.draw(self.starts, self.wanted(self.starts), seeds=self.seeds)
 
-    def accuracy(self, flat: Tensor) -> Tensor:
-        """Test accuracies (S,) of one network per start (S, P), or of any number where there are no sub-tasks."""
-        return self.task.measure(flat, "test", self.seeds)["accuracy"]
+    def scores(self, flat: Tensor) -> Tensor:
+        """Test scores (S,) of one network per start (S, P), or of any number where there are no sub-tasks."""
+        return self.task.measure(flat, "test", self.seeds)[self.task.score]
 
-    def mean_accuracy(self, flat: Tensor) -> float:
-        return float(self.accuracy(flat).mean())
+    def mean_score(self, flat: Tensor) -> float:
+        return float(self.scores(flat).mean())
 
     @cached_property
-    def trained_accuracy(self) -> float:
+    def trained_score(self) -> float:
         """Of training runs at their end, each on its own sub-task if there are such."""
         which = self.training.last
-        return float(self.task.measure(self.final, "test", self._seeds(self.training, which))["accuracy"].mean())
+        return float(self.task.measure(self.final, "test", self._seeds(self.training, which))[self.task.score].mean())
 
     @cached_property
     def retrieved(self) -> Tensor:
@@ -121,14 +121,14 @@ class Exhibits:
         images, labels = examples(self.task, self.seeds, self.config.support_images, self.seed)
         rows = []
         for image, label in zip(images, labels, strict=True):
-            losses = torch.cat([self.task.losses(part, image, label) for part in self.final.split(512)])
+            losses = torch.cat([labelled(self.task).losses(part, image, label) for part in self.final.split(512)])
             rows.append(self.final[losses.argsort()[:count]])
         return torch.stack(rows)
 
 
-def examples(task: Classification, seeds: Sequence[int], count: int, seed: int) -> tuple[Tensor, Tensor]:
+def examples(task: Task, seeds: Sequence[int], count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Labelled training examples of the sub-tasks of these runs, always the same ones: (S, count, M), (S, count)."""
-    return task.support(seeds, count, torch.Generator().manual_seed(seed))
+    return labelled(task).support(seeds, count, torch.Generator().manual_seed(seed))
 
 
 def judge(exhibits: Exhibits, tick: Tick) -> dict[str, Any]:
@@ -142,8 +142,10 @@ def judge(exhibits: Exhibits, tick: Tick) -> dict[str, Any]:
     tick()
     models = _null_models(exhibits)
     novelty, nulls, points = _novelty(exhibits, models, tick)
-    winners = [name for name, null in nulls.items() if null["accuracy_mean"] >= one_pass["accuracy_mean"]]
+    mean = f"{exhibits.task.score}_mean"
+    winners = [name for name, null in nulls.items() if null[mean] >= one_pass[mean]]
     result = {
+        "score": exhibits.task.score,
         "one_pass": one_pass,
         "alignment": obedience,
         "nulls": nulls,
@@ -160,12 +162,13 @@ def _one_pass(exhibits: Exhibits, tick: Tick) -> tuple[dict[str, Any], Any]:
     task, starts, config, seeds = exhibits.task, exhibits.starts, exhibits.config, exhibits.seeds
     generated, _ = exhibits.generated
     found = task.measure(generated, "test", seeds)
-    accuracy = float(found["accuracy"].mean())
+    name, scores = task.score, found[task.score]
+    score = float(scores.mean())
     more = {
-        str(k): exhibits.mean_accuracy(exhibits.draw(starts, exhibits.wanted(starts), evaluations=k, seeds=seeds)[0])
+        str(k): exhibits.mean_score(exhibits.draw(starts, exhibits.wanted(starts), evaluations=k, seeds=seeds)[0])
         for k in (1, 2, 4, 8, 16)
     }
-    again = recursive_passes(exhibits.mean_accuracy, exhibits.draw, starts, exhibits.best, seeds, config.passes)
+    again = recursive_passes(exhibits.mean_score, exhibits.draw, starts, exhibits.best, seeds, config.passes)
     tick()
     adam = best_curve(task, starts, "adam", config.adam_learning_rates, config.optimizer_steps, seeds)
     tick()
@@ -174,29 +177,29 @@ def _one_pass(exhibits: Exhibits, tick: Tick) -> tuple[dict[str, Any], Any]:
     report = {
         "starts": len(starts),
         "target_loss": exhibits.best,
-        "accuracy_mean": accuracy,
-        "accuracy_std": float(found["accuracy"].std()) if len(starts) > 1 else 0.0,
-        "accuracy_best": float(found["accuracy"].max()),
+        f"{name}_mean": score,
+        f"{name}_std": float(scores.std()) if len(starts) > 1 else 0.0,
+        f"{name}_best": float(scores.max()),
         "loss_mean": float(found["loss"].mean()),
         "finite_fraction": float(generated.isfinite().all(1).float().mean()),
         "prompt_split_loss_mean": float(task.measure(generated, "prompt", seeds)["loss"].mean()),
-        "trained_accuracy_mean": exhibits.trained_accuracy,
-        "heldout_trained_accuracy_mean": exhibits.mean_accuracy(
+        f"trained_{name}_mean": exhibits.trained_score,
+        f"heldout_trained_{name}_mean": exhibits.mean_score(
             exhibits.heldout.read(exhibits.heldout.last[: len(starts)])
         ),
-        "start_accuracy_mean": exhibits.mean_accuracy(starts),
-        "accuracy_mean_by_evaluations": more,
-        "accuracy_mean_by_passes": again,
-        "adam_steps_to_match": steps_to_match(adam, accuracy),
+        f"start_{name}_mean": exhibits.mean_score(starts),
+        f"{name}_mean_by_evaluations": more,
+        f"{name}_mean_by_passes": again,
+        "adam_steps_to_match": steps_to_match(adam, score),
         "adam_learning_rate": adam.learning_rate,
-        "sgd_steps_to_match": steps_to_match(sgd, accuracy),
+        "sgd_steps_to_match": steps_to_match(sgd, score),
         "sgd_learning_rate": sgd.learning_rate,
         "optimizer_steps_tried": config.optimizer_steps,
     }
     if seeds is None:
         training_starts = exhibits.training.read(exhibits.training.first[: 4 * len(starts)])
         drawn, _ = exhibits.draw(training_starts, exhibits.wanted(training_starts))
-        report["training_starts_accuracy_mean"] = exhibits.mean_accuracy(drawn)
+        report[f"training_starts_{name}_mean"] = exhibits.mean_score(drawn)
     return report, [asdict(curve) for curve in (adam, sgd)]
 
 
@@ -256,23 +259,23 @@ def _novelty(exhibits: Exhibits, models: dict[str, Tensor], tick: Tick) -> tuple
         "dispersion": dispersion(generated, final),
         "diversity": ratio(distance.spread(generated), distance.spread(final[chosen])),
     }
-    if exhibits.seeds is None:
+    if isinstance(exhibits.task, Classification) and exhibits.seeds is None:
         wrong, others = _wrong(exhibits.task, generated), _wrong(exhibits.task, final)
         novelty["max_wrong_iou_mean"] = float(max_wrong_iou(wrong, others).mean())
         novelty["training_max_wrong_iou_mean"] = float(max_wrong_iou(others[chosen], others, exclude=chosen).mean())
-    points = {"generated": _points(exhibits.accuracy(generated), near)}
+    points = {"generated": _points(exhibits.scores(generated), near)}
     if exhibits.seeds is None:
-        points["training"] = _points(exhibits.accuracy(final[chosen]), leave_one_out)
-    nulls = {}
+        points["training"] = _points(exhibits.scores(final[chosen]), leave_one_out)
+    nulls, score = {}, exhibits.task.score
     for name, flat in models.items():
         found, far = exhibits.task.measure(flat, "test", exhibits.seeds), distance.nearest(flat, final)
         nulls[name] = {
-            "accuracy_mean": float(found["accuracy"].mean()), "loss_mean": float(found["loss"].mean()),
+            f"{score}_mean": float(found[score].mean()), "loss_mean": float(found["loss"].mean()),
             "prompt_split_loss_mean": float(exhibits.task.measure(flat, "prompt", exhibits.seeds)["loss"].mean()),
             "nearest_training_distance": float(far.mean()),
             "diversity": ratio(distance.spread(flat), distance.spread(final[chosen])),
         }  # fmt: skip
-        points[name] = _points(found["accuracy"], far)
+        points[name] = _points(found[score], far)
     tick()
     return novelty, nulls, points
 
@@ -298,8 +301,8 @@ def _transfer(exhibits: Exhibits, nulls: dict[str, Any], models: dict[str, Tenso
     return found
 
 
-def _points(accuracy: Tensor, distance: Tensor) -> dict[str, list[float]]:
-    return {"accuracy": accuracy.tolist(), "distance": distance.tolist()}
+def _points(score: Tensor, distance: Tensor) -> dict[str, list[float]]:
+    return {"score": score.tolist(), "distance": distance.tolist()}
 
 
 def _wrong(task: Classification, flat: Tensor) -> Tensor:

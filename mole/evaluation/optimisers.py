@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mole.checkpoints import History, train_population
 from mole.seeding import derived
-from mole.tasks import Classification
+from mole.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class OptimiserCurve:
     learning_rate: float
     steps: list[int]
     prompt_loss: list[float]
-    accuracy: list[float]
-    """On the test images, 0..1."""
+    score: list[float]
+    """On the test split: the task's own, accuracy from 0 to 1 or return."""
 
 
 def best_curve(
-    task: Classification,
+    task: Task,
     starts: Tensor,
     optimizer: Literal["adam", "sgd"],
     learning_rates: Sequence[float],
@@ -51,8 +51,8 @@ def best_curve(
         history = train_population(trial, orders, keep, initial=starts)
         own = None if seeds is None else [seeds[run] for run in history.runs.tolist()]
         prompt = _mean_at(keep, history, task.measure(history.weights, "prompt", own)["loss"])
-        accuracy = _mean_at(keep, history, task.measure(history.weights, "test", own)["accuracy"])
-        curves.append(OptimiserCurve(optimizer, rate, keep, prompt, accuracy))
+        score = _mean_at(keep, history, task.measure(history.weights, "test", own)[task.score])
+        curves.append(OptimiserCurve(optimizer, rate, keep, prompt, score))
     return min(curves, key=lambda curve: min(torch.tensor(curve.prompt_loss).nan_to_num(torch.inf).tolist()))
 
 
@@ -63,6 +63,6 @@ def _mean_at(keep: Sequence[int], history: History, values: Tensor) -> list[floa
     return [float(here.mean()) if len(here) == runs else float("nan") for here in found]
 
 
-def steps_to_match(curve: OptimiserCurve, accuracy: float) -> int | None:
-    """The first evaluated step whose mean test accuracy is at least `accuracy`; None if there is none."""
-    return next((s for s, a in zip(curve.steps, curve.accuracy, strict=True) if a >= accuracy), None)
+def steps_to_match(curve: OptimiserCurve, score: float) -> int | None:
+    """The first evaluated step whose mean test score is at least `score`; None if there is none."""
+    return next((step for step, found in zip(curve.steps, curve.score, strict=True) if found >= score), None)

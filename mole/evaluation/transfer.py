@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mole.checkpoints import train_population
 from mole.evaluation.optimisers import best_curve
 from mole.seeding import derived
-from mole.tasks import Architecture, Classification
+from mole.tasks import Architecture, Task
 
 INITIALISATIONS: dict[str, Callable[[Tensor], Any]] = {
     "xavier": nn.init.xavier_uniform_,
@@ -34,7 +34,7 @@ class Draw(Protocol):
         *,
         evaluations: int | None = None,
         seeds: Sequence[int] | None = None,
-        task: Classification | None = None,
+        task: Task | None = None,
         noise: int = 0,
     ) -> tuple[Tensor, int]:
         """Weights (N, P), and evaluations made per network.
@@ -50,7 +50,7 @@ class Draw(Protocol):
         ...
 
 
-def initial(task: Classification, scheme: str, count: int) -> Tensor:
+def initial(task: Task, scheme: str, count: int) -> Tensor:
     """Weights (count, P) initialised by one of `INITIALISATIONS`."""
     rows = []
     for number in range(count):
@@ -64,24 +64,23 @@ def initial(task: Classification, scheme: str, count: int) -> Tensor:
     return torch.stack(rows)
 
 
-def unseen_initialisations(task: Classification, draw: Draw, best: float, count: int) -> dict[str, Any]:
-    """One pass from initialisations that no zoo has: test accuracy before and after, mean over `count` starts."""
-    found = {}
+def unseen_initialisations(task: Task, draw: Draw, best: float, count: int) -> dict[str, Any]:
+    """One pass from initialisations that no zoo has: test score before and after, mean over `count` starts."""
+    found, name = {}, task.score
     for scheme in INITIALISATIONS:
         starts = initial(task, scheme, count)
         drawn, _ = draw(starts, torch.full((count,), best))
         found[scheme] = {
-            "start_accuracy_mean": _accuracy(task, starts), "accuracy_mean": _accuracy(task, drawn),
-            "error_mean": 1 - _accuracy(task, drawn),
+            f"start_{name}_mean": _score(task, starts), f"{name}_mean": _score(task, drawn),
         }  # fmt: skip
     return found
 
 
 def unseen_architectures(
-    task: Classification, draw: Draw, best: float, widths: Sequence[int], seen: Collection[Architecture], count: int
+    task: Task, draw: Draw, best: float, widths: Sequence[int], seen: Collection[Architecture], count: int
 ) -> list[dict[str, Any]]:
     """One pass for networks of each width, beside as many networks of that width trained by the task's recipe."""
-    rows = []
+    rows, name = [], task.score
     for width in widths:
         other = task.with_config(task.config.model_copy(update={"width": width}))
         seeds = [derived("trial", number) for number in range(count)]
@@ -90,8 +89,8 @@ def unseen_architectures(
         trained = train_population(other, seeds, [task.config.steps], initial=starts).weights
         rows.append(
             {
-                "width": width, "in_zoo": other.architecture in seen, "accuracy_mean": _accuracy(other, drawn),
-                "start_accuracy_mean": _accuracy(other, starts), "trained_accuracy_mean": _accuracy(other, trained),
+                "width": width, "in_zoo": other.architecture in seen, f"{name}_mean": _score(other, drawn),
+                f"start_{name}_mean": _score(other, starts), f"trained_{name}_mean": _score(other, trained),
             }
         )  # fmt: skip
     return rows
@@ -105,7 +104,7 @@ def recursive_passes(
     seeds: Sequence[int] | None,
     passes: int,
 ) -> list[float]:
-    """Mean test accuracy after each of several passes, every one of them starting from what the last one made."""
+    """Mean test score after each of several passes, every one of them starting from what the last one made."""
     found, flat = [], starts
     for number in range(passes):
         flat, _ = draw(flat, torch.full((len(flat),), best), seeds=seeds, noise=number)
@@ -114,7 +113,7 @@ def recursive_passes(
 
 
 def fine_tuning(
-    task: Classification,
+    task: Task,
     origins: Mapping[str, Tensor],
     learning_rates: Sequence[float],
     steps: int,
@@ -125,9 +124,7 @@ def fine_tuning(
             for name, flat in origins.items()]  # fmt: skip
 
 
-def conditional_dispersion(
-    task: Classification, draw: Draw, starts: Tensor, best: float, repeats: int
-) -> dict[str, Any]:
+def conditional_dispersion(task: Task, draw: Draw, starts: Tensor, best: float, repeats: int) -> dict[str, Any]:
     """Is one evaluation a draw, or a mean? Spread of networks from one start, over the noise of the generator, and over
     the order of the data of an optimiser; each root-mean-square, averaged over starts."""
     many = starts.repeat_interleave(repeats, 0)
@@ -141,5 +138,5 @@ def conditional_dispersion(
     return {"starts": len(starts), "repeats": repeats, "generated": mine, "trained": theirs, "ratio": mine / theirs}
 
 
-def _accuracy(task: Classification, flat: Tensor) -> float:
-    return float(task.measure(flat, "test")["accuracy"].mean())
+def _score(task: Task, flat: Tensor) -> float:
+    return float(task.measure(flat, "test")[task.score].mean())

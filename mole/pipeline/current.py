@@ -13,12 +13,11 @@ from mole.checkpoints.groups import plan_groups
 from mole.checkpoints.layouts import own_part
 from mole.config import Config
 from mole.diffusion import Generator
-from mole.errors import MoleError
 from mole.metrics import MetricsFile
 from mole.provenance import Ledger
 from mole.reporting import Reporter
 from mole.stages import RunFolder, StageName
-from mole.tasks import Classification, Task, load_task
+from mole.tasks import Task, load_task
 from mole.tracking import Tracker
 
 Result = tuple[list[Path], dict[str, Any]]
@@ -39,19 +38,6 @@ class Run:
     def task(self) -> Task:
         """The task, its data on the device."""
         return load_task(self.config.task).to(self.device)
-
-    def classifier(self, device: torch.device) -> Classification:
-        """The task on a device, where a stage knows classifiers only.
-
-        Raises:
-            MoleError: the task is of another kind.
-        """
-        if not isinstance(self.task, Classification):
-            raise MoleError(
-                f"task.name: {self.config.task.name} can be harvested, but generators learn classifiers only so far; "
-                "legal is --only harvest"
-            )
-        return self.task.to(device)
 
     @cached_property
     def zoo(self) -> tuple[Zoo, Zoo]:
@@ -82,7 +68,7 @@ class Run:
     @cached_property
     def own_heldout(self) -> Zoo:
         """Held-out runs with the networks of the configuration's task, where there are others too."""
-        return own_part(self.heldout, self.classifier(self.device))
+        return own_part(self.heldout, self.task)
 
     def _again(self, runs: range) -> Zoo:
         """These runs in memory."""

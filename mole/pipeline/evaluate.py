@@ -5,17 +5,17 @@ from collections.abc import Sequence
 import torch
 
 from mole.checkpoints.layouts import own_part
-from mole.diffusion.generator import Request
+from mole.diffusion.request import Request
 from mole.evaluation.figures import draw_figures
 from mole.evaluation.judge import PARTS, Exhibits, examples, judge
 from mole.pipeline.current import Result, Run
-from mole.tasks import Classification
+from mole.tasks import Task
 
 
 def evaluate(current: Run) -> Result:
     """Judge the generator on held-out runs and test images, beside baselines and null models."""
     generator, seed, settings = current.generator, current.config.seed, current.config.evaluate
-    own = current.classifier(torch.device("cpu"))  # judged there, wherever it was generated
+    own = current.task.to(torch.device("cpu"))  # judged there, wherever it was generated
     training = own_part(current.training, own)
 
     def draw(
@@ -24,7 +24,7 @@ def evaluate(current: Run) -> Result:
         *,
         evaluations: int | None = None,
         seeds: Sequence[int] | None = None,
-        task: Classification | None = None,
+        task: Task | None = None,
         noise: int = 0,
     ) -> tuple[torch.Tensor, int]:
         support = None if seeds is None else examples(own, seeds, settings.support_images, seed)
@@ -46,7 +46,7 @@ def evaluate(current: Run) -> Result:
 
         result = judge(exhibits, tick)
     values = {f"novelty/{key}": value for key, value in result["novelty"].items() if value is not None}
-    values |= {f"sample/one_pass_{key}": result["one_pass"][key] for key in ("accuracy_mean", "loss_mean")}
+    values |= {f"sample/one_pass_{key}": result["one_pass"][key] for key in (f"{own.score}_mean", "loss_mean")}
     current.log("evaluate", 0, {**values, "sample/alignment_r2": result["alignment"]["r2_mean"]})
     paths = draw_figures(current.folder.figures, result)
     return paths, result

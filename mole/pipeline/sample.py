@@ -8,7 +8,7 @@ from mole.pipeline.current import Result, Run
 def sample(current: Run) -> Result:
     """Generate networks from held-out starts, one file each, each with its record in the ledger."""
     settings, folder = current.config.sample, current.folder
-    heldout, task = current.own_heldout, current.classifier(current.device)
+    heldout, task = current.own_heldout, current.task
     first = current.starts(settings.networks)
     starts, seeds = heldout.read(first), heldout.column("seed")[first.numpy()].tolist()
     support = None
@@ -35,13 +35,13 @@ def sample(current: Run) -> Result:
     target = samples.provenance[0]["prompt"]["target_loss"]
     values = {
         "sample/prompt_loss_mean": float(measured["loss"].mean()),
-        "sample/prompt_accuracy_mean": float(measured["accuracy"].mean()),
+        f"sample/prompt_{task.score}_mean": float(measured[task.score].mean()),
         "sample/target_loss": target,
     }
     current.log("sample", 0, values)
     report = {
         "networks": len(samples), "target_loss": target, "network_evaluations": samples.network_evaluations,
         "prompt_split_loss_mean": values["sample/prompt_loss_mean"],
-        "prompt_split_accuracy_mean": values["sample/prompt_accuracy_mean"],
+        f"prompt_split_{task.score}_mean": values[f"sample/prompt_{task.score}_mean"],
     }  # fmt: skip
     return [folder.samples / name for name in names], {"sample": report}

@@ -55,7 +55,7 @@ def learn(current: Run, *, first: bool = True) -> Learned:
         if first:
             current.ledger.append([{"kind": "entity", "type": "streamed group", **group, "wasGeneratedBy": streamed}])
 
-    task = current.classifier(current.device)
+    task = current.task
 
     def source(state: dict[str, Any]) -> PairSource:
         if config.harvest.mode == "disk":

@@ -162,7 +162,7 @@ def _freeze_unread(network: nn.Module, axes: Mapping[str, list[Axis]], missed: S
             for leaf in axis.leaves():
                 if not leaf.read:
                     freeze(leaf)
-    if missed:
+    if sizes:
         _warn(
             f"{type(network).__name__}: the run did not reach {', '.join(sorted(missed)[:5])}"
             f"{f' and {len(missed) - 5} more' if len(missed) > 5 else ''}; whatever has an axis of the same size is "

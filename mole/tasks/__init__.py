@@ -2,7 +2,7 @@
 
 from mole.tasks.networks import Architecture
 from mole.tasks.registry import load_task
-from mole.tasks.supervised import Classification, Split
+from mole.tasks.supervised import Classification, Split, labelled
 from mole.tasks.task import Feed, Metrics, SplitName, Task
 
-__all__ = ["Architecture", "Classification", "Feed", "Metrics", "Split", "SplitName", "Task", "load_task"]
+__all__ = ["Architecture", "Classification", "Feed", "Metrics", "Split", "SplitName", "Task", "labelled", "load_task"]

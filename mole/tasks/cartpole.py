@@ -9,7 +9,8 @@ Dimensions: N runs, E environments, T steps of a rollout, B = E * T / MINIBATCHE
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from mole.config import TaskConfig
+from mole.errors import MoleError
 from mole.seeding import Seeded, derived, stream
 from mole.tasks.batched import batched
 from mole.tasks.networks import Architecture, Policy, mlp, orthogonal
@@ -24,6 +26,8 @@ from mole.tasks.task import Metrics, SplitName, Task
 
 GRAVITY, CART_MASS, POLE_MASS, HALF_LENGTH, FORCE, SECONDS = 9.8, 1.0, 0.1, 0.5, 10.0, 0.02
 POSITION_LIMIT, ANGLE_LIMIT = 2.4, 12 * 2 * math.pi / 360
+SPEED = 2.0
+"""Fastest cart (m/s) and pole (rad/s) among the states that policies are compared in."""
 HORIZON = 500
 """Steps after which an episode ends; the highest return."""
 
@@ -88,10 +92,15 @@ class CartPole(Task):
     """Policies 4-32-32-1 that balance a pole; `loss` is the share of the highest return that is missing."""
 
     place: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    chosen: Architecture | None = None
+    """Policies of another architecture than the configuration's."""
     prefix = "policy."
+    score = "return"
 
     @property
     def architecture(self) -> Architecture:
+        if self.chosen is not None:
+            return self.chosen
         widths = [4, *[self.config.width] * self.config.depth, 1]
         return Architecture(kind="policy", widths=widths, activation=self.config.activation)
 
@@ -108,7 +117,16 @@ class CartPole(Task):
         return {f"{name}_episodes": count for name, count in EPISODES.items()}
 
     def to(self, device: torch.device) -> Self:
-        return type(self)(self.config, device)
+        return replace(self, place=device)
+
+    def with_architecture(self, architecture: Architecture) -> Self:
+        found = architecture.kind, architecture.widths[0], architecture.widths[-1]
+        if found != ("policy", 4, 1):
+            raise MoleError(
+                f"architecture {found[0]} from {found[1]} to {found[2]} numbers; legal for cartpole is policy from 4 "
+                "to 1"
+            )
+        return replace(self, chosen=architecture)
 
     def learner(self, seed: int) -> nn.Module:
         policy = self.architecture.build(seed)
@@ -134,6 +152,35 @@ class CartPole(Task):
         value = torch.maximum((values - returns).square(), (clipped - returns).square())
         return surrogate.mean() + value.mean()
 
+    def actions(self, flat: Tensor, states: Tensor) -> Tensor:
+        """Mean actions (N, B) of policies (N, P) in states (B, 4), or each in its own (N, B, 4)."""
+        network, spec = self._judged, self.spec
+
+        def act(weights: Tensor, seen: Tensor) -> Tensor:
+            return functional_call(network, spec.unflatten(weights), (seen,))[:, 0]
+
+        return vmap(act, in_dims=(0, 0 if states.ndim == 3 else None))(flat, states)
+
+    @cached_property
+    def _judged(self) -> nn.Module:
+        return batched(self.network).eval()
+
+    def divergence(
+        self, predicted: Tensor, true: Tensor, count: int, generator: torch.Generator, seeds: Sequence[int]
+    ) -> Tensor:
+        box = torch.tensor([POSITION_LIMIT, SPEED, ANGLE_LIMIT, SPEED])
+        reach = torch.rand(count, 1, generator=generator)  # many states near rest, where good policies stay
+        states = ((2 * torch.rand(count, 4, generator=generator) - 1) * reach * box).to(self.place)
+
+        def said(flat: Tensor) -> tuple[Tensor, Tensor]:
+            return self.actions(flat, states), vmap(self.spec.unflatten)(flat)["log_std"]
+
+        with torch.no_grad():
+            wanted, wide = said(true)  # (N, B), (N, 1)
+        mean, log_std = said(predicted)
+        apart = ((2 * wide).exp() + (mean - wanted).square()) / (2 * (2 * log_std).exp())
+        return (log_std - wide + apart - 0.5).mean()
+
     @torch.no_grad()
     def measure(
         self, flat: Tensor, split: SplitName, seeds: Sequence[int] | None = None, *, networks_at_once: int = 512
@@ -141,14 +188,12 @@ class CartPole(Task):
         """`return` (0..500) of the mean action from the split's first states, and `loss`, 1 - return / 500."""
         generator = stream(f"first states, {split}")
         first = first_states([EPISODES[split]], generator).to(flat.device)
-        network, spec = batched(self.network), self.spec
-        act = vmap(lambda weights, seen: functional_call(network, spec.unflatten(weights), (seen,))[:, 0])
         returns = []
         for part in flat.split(networks_at_once):
             state = first.expand(len(part), -1, -1)
             up, total = torch.ones_like(state[..., 0]), torch.zeros_like(state[..., 0])
             for _ in range(HORIZON):
-                state = physics(state, act(part, state))
+                state = physics(state, self.actions(part, state))
                 total += up  # the step in which the pole falls counts, as in gymnasium
                 up = up * ~fallen(state)
                 state = torch.where(up[..., None] > 0, state, 0)

@@ -52,6 +52,7 @@ class Classification(Task):
     prompt: Split
     test: Split
     classes: int
+    score = "accuracy"
     augmented: bool = False
     """Images are flipped and shifted at random while training (G.pt's CIFAR-10 recipe)."""
     chosen: Architecture | None = None
@@ -84,7 +85,11 @@ class Classification(Task):
 
     @property
     def numbers_per_step(self) -> int:
-        return self.batch_size * self.train.images[0].numel()
+        return self.batch_size * self.numbers
+
+    @property
+    def numbers(self) -> int:
+        return self.train.images[0].numel()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -118,11 +123,6 @@ class Classification(Task):
         return replace(self, config=config, train=train, prompt=prompt, test=test)
 
     def with_architecture(self, architecture: Architecture) -> Self:
-        """The same data with other networks.
-
-        Raises:
-            MoleError: they read or tell other numbers than the data have.
-        """
         own = replace(self, chosen=None).architecture
         ends, found = (own.widths[0], own.widths[-1]), (architecture.widths[0], architecture.widths[-1])
         if (architecture.kind, found) != (own.kind, ends):
@@ -131,6 +131,19 @@ class Classification(Task):
                 f"is {own.kind} from {ends[0]} to {ends[1]}"
             )
         return replace(self, chosen=architecture)
+
+    def divergence(
+        self, predicted: Tensor, true: Tensor, count: int, generator: torch.Generator, seeds: Sequence[int]
+    ) -> Tensor:
+        index = torch.randint(len(self.train), (count,), generator=generator).to(self.device)
+        images, own, there = self.train.images[index], self.config.subtasks.differ, torch.ones(())
+        if own:  # as each run sees them, (N, B, D); images of labels that a run has never seen do not count
+            images, labels = self.shown(images, self.train.labels[index], seeds)
+            there = (labels >= 0) / (labels >= 0).float().mean(1, keepdim=True).clamp_min(1e-6)
+        with torch.no_grad():
+            wanted = self.logits(true, images, own=own).log_softmax(-1)  # (N, B, K)
+        found = self.logits(predicted, images, own=own).log_softmax(-1)  # (N, B, K)
+        return (F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1) * there.to(found)).mean()
 
     @cached_property
     def _judged(self) -> nn.Module:
@@ -157,7 +170,7 @@ class Classification(Task):
 
     def subtasks(self, seeds: Sequence[int]) -> Subtasks:
         """The sub-tasks of runs with these seeds."""
-        found = draw(self.config.subtasks, seeds, classes=self.classes, numbers=self.train.images[0].numel())
+        found = draw(self.config.subtasks, seeds, classes=self.classes, numbers=self.numbers)
         return Subtasks(*(part.to(self.device) for part in found))
 
     def shown(self, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -202,7 +215,7 @@ class Classification(Task):
             raise MoleError("every run has a sub-task of its own: measure(flat, split, seeds) needs the runs' seeds")
         images = data.images
         area = images[0, 0].numel() // 4 if images.ndim > 2 else 1  # after the stride of the first convolution
-        widest = max(max(self.architecture.widths[1:]) * max(1, area), images[0].numel() if own else 0)
+        widest = max(max(self.architecture.widths[1:]) * max(1, area), self.numbers if own else 0)
         losses, accuracies = [], []
         size = max(1, numbers_at_once // (len(data) * widest))
         for low in range(0, len(flat), size):
@@ -228,6 +241,17 @@ class Classification(Task):
     def split(self, name: SplitName) -> Split:
         """One of the three splits."""
         return {"train": self.train, "prompt": self.prompt, "test": self.test}[name]
+
+
+def labelled(task: Task) -> Classification:
+    """The task, if it has labelled examples.
+
+    Raises:
+        MoleError: it has none.
+    """
+    if not isinstance(task, Classification):
+        raise MoleError(f"{task.config.name} has no labelled examples; legal is a task that classifies")
+    return task
 
 
 def _metrics(logits: Tensor, labels: Tensor) -> Metrics:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Protocol, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,9 @@ class Task(ABC):
 
     config: TaskConfig
 
+    score: ClassVar[str]
+    """The metric that people read; larger is better."""
+
     @property
     @abstractmethod
     def architecture(self) -> Architecture:
@@ -72,6 +75,24 @@ class Task(ABC):
         """
 
     @abstractmethod
+    def divergence(
+        self, predicted: Tensor, true: Tensor, count: int, generator: torch.Generator, seeds: Sequence[int]
+    ) -> Tensor:
+        """How far networks (N, P) compute other things than `true` ones (N, P): a scalar, differentiable.
+
+        The mean Kullback-Leibler divergence, in nats, from what the true networks say to what the predicted ones say of
+        `count` inputs of the training split; `seeds` are those of the runs (N,), where each has a sub-task of its own.
+        """
+
+    @abstractmethod
+    def with_architecture(self, architecture: Architecture) -> Self:
+        """The same data with other networks.
+
+        Raises:
+            MoleError: they read or tell other numbers than the data have.
+        """
+
+    @abstractmethod
     def to(self, device: torch.device) -> Self:
         """The same task with its data on another device."""
 
@@ -89,6 +110,11 @@ class Task(ABC):
     @abstractmethod
     def sizes(self) -> dict[str, int]:
         """How much each split holds, for the report."""
+
+    @property
+    def numbers(self) -> int:
+        """Numbers per labelled example of the data, D; 0 where there are none."""
+        return 0
 
     @property
     def steps_per_epoch(self) -> int:

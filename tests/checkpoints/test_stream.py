@@ -160,10 +160,10 @@ def test_a_resumed_stream_remembers_what_was_read_from(toy: Classification, harv
     first = Reservoir(toy, harvest, 0)
     first.close()
     state = first.state()
-    state["flow"] |= {"low": -1.0, "reads": 5, "digests": ["a"]}
+    state["flow"] |= {"ranges": {"loss": (-1.0, 9.0)}, "reads": 5, "digests": ["a"]}
     second = Reservoir(toy, harvest, 0, state=state)
     second.close()
-    assert second.flow.low == -1.0 and second.flow.digests[0] == "a" and len(second.flow.digests) > 1
+    assert second.flow.ranges["loss"][0] == -1.0 and second.flow.digests[0] == "a" and len(second.flow.digests) > 1
     assert second.flow.checkpoints > first.flow.checkpoints and second.flow.before == first.flow.checkpoints
 
 

@@ -13,7 +13,7 @@ from mole.diffusion.card import FORMAT, Card
 from mole.diffusion.codec import Codec
 from mole.diffusion.denoiser import Denoiser
 from mole.errors import CorruptFileError, MoleError, PromptWarning
-from mole.files import read_json, write_json
+from mole.files import read_json, value_digest, write_json
 from mole.representations import neuron_view
 from mole.representations.structure import word
 from mole.tasks import Architecture, Classification
@@ -233,3 +233,12 @@ def test_support_sets_that_cannot_be_are_refused(generator: Generator, reader: G
             reader.sample(n=2, support=support)  # pyright: ignore[reportArgumentType]
     with pytest.raises(MoleError, match="was not trained to read data"):
         generator.sample(support=(images, labels))
+
+
+def test_a_card_written_before_a_setting_existed_is_read(generator: Generator, tmp_path: Path) -> None:
+    generator.save(tmp_path)
+    values = read_json(tmp_path / "config.json")
+    del values["denoiser"]["latent_steps"]
+    values["digest"] = value_digest({name: value for name, value in values.items() if name != "digest"})
+    write_json(tmp_path / "config.json", values)
+    assert Generator.load(tmp_path).digest == values["digest"]

@@ -9,9 +9,9 @@ from mole.checkpoints import Zoo
 from mole.config import Config, GeneratorConfig, load
 from mole.diffusion.conditions import Conditions
 from mole.diffusion.denoiser import Denoiser, Networks
-from mole.diffusion.generator import Request
 from mole.diffusion.module import DenoiserTraining, _energy, learning_rate_factor
 from mole.diffusion.pairs import Batch, PairBatches, ZooPairs, choose_states
+from mole.diffusion.request import Request
 from mole.diffusion.speed import operations
 from mole.diffusion.training import Data, make_codec, train_generator
 from mole.errors import MoleError
@@ -230,7 +230,7 @@ def test_a_batch_that_is_too_large_is_told_with_one_that_fits(
         return step(self, batch, index)
 
     monkeypatch.setattr(DenoiserTraining, "training_step", tight)
-    with pytest.raises(MoleError, match=r"batch_size 8 does not fit .*5 GiB\); 2 would; the training continues"):
+    with pytest.raises(MoleError, match=r"batch_size 8 does not fit .*5 GiB\); 2 would: set train.batch_size 2"):
         train(CONFIG, toy, zoo, tmp_path / "a.ckpt")
 
 
@@ -267,9 +267,11 @@ def test_a_chain_of_consistent_predictions_ends_at_the_clean_weights(source: Zoo
     config = config.model_copy(update={"train": config.train.model_copy(update={"objective": "consistency"})})
     for step in (0, 11):
         part = batch_of(source, step, config)
-        ends = part.earlier_level == 0
-        assert bool((part.earlier_level <= part.level).all()) and torch.equal(part.earlier[ends], part.clean[ends])
-        gap = (part.level - part.earlier_level)[~ends]
+        assert part.earlier is not None
+        earlier, level = part.earlier
+        ends = level == 0
+        assert bool((level <= part.level).all()) and torch.equal(earlier[ends], part.clean[ends])
+        gap = (part.level - level)[~ends]
         torch.testing.assert_close(gap, torch.full_like(gap, 2.0 ** -(1 + int(5 * step / 12))), rtol=0, atol=2e-3)
 
 

@@ -99,7 +99,7 @@ def test_optimisers_are_compared_at_their_best_rate(toy: Classification) -> None
     starts = toy.initial([1, 2])
     curve = best_curve(toy, starts, "adam", [1e-5, 0.03, 1e9], 20)
     assert curve.learning_rate == 0.03 and curve.steps[0] == 0 and curve.steps[-1] == 20
-    assert curve.accuracy[-1] > curve.accuracy[0]
+    assert curve.score[-1] > curve.score[0]
 
 
 def test_steps_to_match() -> None:

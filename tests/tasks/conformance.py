@@ -6,6 +6,7 @@ def test_my_task() -> None:
 
 import copy
 
+import pytest
 import torch
 from torch.func import functional_call
 
@@ -20,10 +21,26 @@ def check_task(task: Task, *, steps: int = 2) -> None:
     """Check a whole task whose recipe is short."""
     check_network(task)
     check_metrics(task)
+    check_divergence(task)
     check_training(task, steps)
     assert task.sizes and all(size > 0 for size in task.sizes.values())
     other = task.config.model_copy(update={"learning_rate": 0.5})
     assert task.with_config(other).config == other and task.to(torch.device("cpu")).spec == task.spec
+
+
+def check_divergence(task: Task) -> None:
+    """Nothing between networks and themselves, something between others, and a gradient that closes the gap."""
+    flat, seeds = task.initial([3, 4]), [3, 4]
+
+    def between(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return task.divergence(one, other, 16, torch.Generator().manual_seed(0), seeds)
+
+    assert float(between(flat, flat)) == pytest.approx(0.0, abs=1e-6)
+    moved = (flat + 0.3).requires_grad_()
+    apart = between(moved, flat)
+    (gradient,) = torch.autograd.grad(apart, moved)
+    assert apart.item() > 1e-3 and float(between(moved.detach() - 1e-3 * gradient, flat)) < apart.item()
+    assert task.with_architecture(task.architecture).spec == task.spec
 
 
 def check_network(task: Task) -> None:

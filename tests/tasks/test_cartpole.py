@@ -8,7 +8,8 @@ from torch.distributions import Normal
 
 from mole.checkpoints import train_population
 from mole.config import TaskConfig
-from mole.tasks import load_task
+from mole.errors import MoleError
+from mole.tasks import Architecture, load_task
 from mole.tasks.cartpole import (
     HORIZON,
     CartPole,
@@ -123,6 +124,24 @@ def test_policies_learn_to_balance() -> None:
     weights = train_population(task, [0, 1], [0, 1280]).weights
     found = task.measure(weights, "prompt")["return"].reshape(2, 2)
     assert (found[:, 1] > found[:, 0] + 20).all()
+
+
+def test_divergence_is_that_of_two_gaussians(task: CartPole) -> None:
+    """Policies that act alike in every state: mean 0.5, deviation 1 against mean 0, deviation 2."""
+    flat = torch.zeros(2, task.spec.size)
+    states = {name: tensor.clone() for name, tensor in task.spec.unflatten(flat[0]).items()}
+    last = [name for name in states if name.endswith("bias")][-1]
+    true = task.spec.flatten(states | {last: torch.tensor([0.5])})[None]
+    predicted = task.spec.flatten(states | {"log_std": torch.tensor([math.log(2)])})[None]
+    found = task.divergence(predicted, true, 8, torch.Generator().manual_seed(0), [0])
+    assert float(found) == pytest.approx(math.log(2) + (1 + 0.25) / 8 - 0.5, abs=1e-6)
+
+
+def test_policies_of_other_widths_are_policies_and_classifiers_are_not(task: CartPole) -> None:
+    wider = task.with_architecture(Architecture(kind="policy", widths=[4, 8, 1], activation="selu"))
+    assert wider.measure(wider.initial([0]), "prompt")["return"].shape == (1,)
+    with pytest.raises(MoleError, match="mlp from 4 to 1 numbers; legal for cartpole is policy from 4 to 1"):
+        task.with_architecture(Architecture(kind="mlp", widths=[4, 8, 1]))
 
 
 def test_a_policy_that_computes_nan_falls_at_once(task: CartPole) -> None:

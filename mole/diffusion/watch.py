@@ -1,0 +1,192 @@
+"""What is done beside the steps of a training: reports, validation on held-out runs, and the state on disk."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from mole.checkpoints import Zoo
+from mole.checkpoints.layouts import own_part
+from mole.config import Config
+from mole.diffusion.card import Card
+from mole.diffusion.codec import Codec
+from mole.diffusion.generator import Generator
+from mole.diffusion.models import AnyDenoiser
+from mole.diffusion.module import DenoiserTraining
+from mole.diffusion.pairs import PairSource
+from mole.diffusion.request import Request
+from mole.diffusion.speed import operations, peak
+from mole.errors import MoleError
+from mole.files import remove, replacing
+from mole.reporting import Advance
+from mole.seeding import stream
+from mole.tasks import Task, labelled
+
+logger = logging.getLogger("mole")
+
+Log = Callable[[int, Mapping[str, float]], None]
+"""(step, metrics): told every `train.log_every` steps and at every validation."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a generator is trained on and validated with."""
+
+    task: Task
+    source: Callable[[dict[str, Any]], PairSource]
+    """Training pairs, from where an earlier session of the same training left off; {} is the beginning."""
+    heldout: Zoo
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the training state lies, whose it is, and the seconds spent before this session."""
+
+    path: Path
+    identity: str
+    seconds_before: float
+    codec: Codec
+    source: PairSource
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where an earlier session left off."""
+
+    step: int = 0
+    seconds: float = 0.0
+    codec: dict[str, Any] | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+def resumable(state: Path, identity: str) -> Resumed:
+    """What a training state of this identity says; any other state is removed."""
+    if state.exists():
+        try:
+            found = torch.load(state, map_location="cpu", weights_only=True)
+            if found["identity"] == identity:
+                step, seconds = int(found["global_step"]), float(found["seconds"])
+                return Resumed(step, seconds, dict(found["codec"]), dict(found["source"]))
+        except Exception:  # truncated, foreign or hostile: whatever is wrong, it is not ours
+            logger.warning("%s: not a training state; training from the beginning", state)
+        remove(state)
+    return Resumed()
+
+
+class Watch(L.Callback):
+    """Reports, validates and saves the state of a training."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: Data,
+        card: Callable[[], Card],
+        state: Kept,
+        device: torch.device,
+        progress: Advance,
+        log: Log,
+    ) -> None:
+        self.config, self.data, self.card, self.state = config, data, card, state
+        self.device, self.progress, self.report = device, progress, log
+        self.started, self.started_step = time.monotonic(), 0
+        self.operations = 0
+        self.waited, self.ready = 0.0, 0.0
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = self.state
+        checkpoint |= {
+            "identity": state.identity,
+            "seconds": self.seconds,
+            "codec": {"stds": state.codec.stds, "tensors": state.codec.state_dict()},
+            "source": state.source.state(),
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the training, earlier sessions included."""
+        return self.state.seconds_before + time.monotonic() - self.started
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.started, self.started_step = time.monotonic(), trainer.global_step
+        self.waited, self.ready = 0.0, 0.0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.ready:
+            self.waited += time.monotonic() - self.ready
+        if not self.operations:
+            assert isinstance(pl_module, DenoiserTraining)
+            networks = [pl_module.networks(part, part.noised, part.level) for part in batch]
+            self.operations = operations(pl_module.denoiser, networks)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, DenoiserTraining)
+        step, train = trainer.global_step, self.config.train
+        self.progress(step, self.state.source.note())
+        if step % train.log_every == 0 or step == train.steps:
+            self._log_training(step, outputs, trainer)
+        if (step % train.validate_every == 0 or step == train.steps) and trainer.is_global_zero:
+            self._validate(step, pl_module)
+        if step % train.checkpoint_every == 0 and step < train.steps:
+            self._save(trainer)
+        self.ready = time.monotonic()
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero:
+            with replacing(self.state.path) as temporary:
+                trainer.save_checkpoint(temporary)
+        else:  # which only takes part in what processes do together
+            trainer.save_checkpoint(self.state.path)
+
+    def _log_training(self, step: int, outputs: Any, trainer: L.Trainer) -> None:
+        values = {name: float(outputs[name]) for name in ("loss", "weight_error", "divergence")}
+        if not math.isfinite(values["loss"]):
+            raise MoleError(
+                f"training diverged: the loss is {values['loss']} at step {step}; lower train.learning_rate "
+                f"(now {self.config.train.learning_rate})"
+            )
+        rate = (step - self.started_step) / max(1e-9, time.monotonic() - self.started)
+        learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+        wait = self.waited / max(1e-9, time.monotonic() - self.started)
+        values |= {"learning_rate": learning_rate, "steps_per_second": rate, "data_wait": wait}
+        values["tflops"] = rate * self.operations / 1e12
+        if (most := peak(self.device)) is not None:
+            values["mfu"] = rate * self.operations / most
+        self.report(step, {f"train/{name}": value for name, value in values.items()})
+
+    def _validate(self, step: int, module: DenoiserTraining) -> None:
+        """One pass from the first states of held-out runs, judged on prompt images."""
+        card, task = self.card(), self.state.source.tasks[0]
+        generator = Generator(averaged(module, self.device), self.state.codec, card, self.device, task)
+        heldout = own_part(self.data.heldout, task)
+        seeds = heldout.column("seed")[heldout.first.numpy()].tolist()
+        starts = heldout.read(heldout.first)
+        support = None
+        if card.denoiser.data:
+            support = labelled(task).support(seeds, self.config.train.support_images, stream("support"))
+        request = Request(starts, {"target_loss": card.ranges["loss"][0]}, support=support)
+        drawn = generator.draw(request).flat
+        found = task.measure(drawn.to(self.device), "prompt", seeds)
+        self.report(
+            step,
+            {
+                "val/one_pass_loss": float(found["loss"].mean()),
+                f"val/one_pass_{task.score}": float(found[task.score].mean()),
+            },
+        )
+
+
+def averaged(module: DenoiserTraining, device: torch.device) -> AnyDenoiser:
+    """The denoiser with its moving average of weights."""
+    denoiser = module.average.module
+    assert isinstance(denoiser, AnyDenoiser)
+    return denoiser.to(device).eval()
