@@ -253,27 +253,37 @@ def test_a_generator_of_subtasks_is_told_of_them_by_examples(tmp_path: Path) -> 
     torch.testing.assert_close(again.flat, one.flat, rtol=1e-4, atol=1e-5)  # in any order
 
 
-def test_two_processes_train_one_generator_and_the_first_alone_writes(tmp_path: Path) -> None:
-    arguments = ("configs/tiny.yaml", "--train.steps", "20", "--train.log_every", "10", "--out", str(tmp_path))
+def run_twice(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`train.py` in two processes."""
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "train.py"), *arguments]
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
         capture_output=True, timeout=300,
     )  # fmt: skip
+
+
+def test_two_processes_train_one_generator_and_the_first_alone_writes(tmp_path: Path) -> None:
+    arguments = ("configs/tiny.yaml", "--train.steps", "20", "--train.log_every", "10", "--out", str(tmp_path / "ddp"))
+    done = run_twice(*arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("train: finished") == 1
-    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    rows = (tmp_path / "ddp" / "metrics.csv").read_text().splitlines()
     assert sum(row.startswith("train,10,train/loss,") for row in rows) == 1
-    assert len(mole.load(tmp_path).sample(n=2)) == 2
+    assert len(mole.load(tmp_path / "ddp").sample(n=2)) == 2
     again = run_command(*arguments)
     assert again.returncode == 0 and again.stdout.count("skipped") == 5
-    odd = [*command[:-2], "--train.batch_size", "31", *command[-2:]]
-    odd[-1] = str(tmp_path / "odd")
-    refused = subprocess.run(
-        [sys.executable, *odd], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        capture_output=True, timeout=300,
-    )  # fmt: skip
+    refused = run_twice(*arguments[:-1], str(tmp_path / "odd"), "--train.batch_size", "31")
     assert refused.returncode != 0 and "train.batch_size 31 does not divide among 2 processes" in refused.stderr
+    for name in ("zoo", "stages"):
+        shutil.copytree(tmp_path / "ddp" / name, tmp_path / "fsdp" / name)
+    sharded = ("--runtime.strategy", "fsdp", "--only", "harvest,train", "--train.checkpoint_every", "10")
+    done = run_twice(*arguments[:-1], str(tmp_path / "fsdp"), *sharded)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = []
+    for kind in ("ddp", "fsdp"):
+        found = csv.reader((tmp_path / kind / "metrics.csv").open())
+        losses.append([float(row[3]) for row in found if row[2] in ("train/loss", "val/one_pass_loss")])
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_a_generator_of_policies_is_judged_by_return(tmp_path: Path) -> None:

@@ -324,6 +324,9 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads; 0 uses every core."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How the processes of `torchrun` share a training: each has the whole generator (ddp), or a part of its weights
+    and of the optimiser's state (fsdp), for generators that do not fit into one device."""
     compile: bool = False
     """Whether the generator's blocks are compiled for its training; worth it on a GPU."""
 

@@ -3,6 +3,7 @@
 Dimensions: B pairs, P parameters, I images, C classes.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.swa_utils import AveragedModel
 
 from mole.config import TrainConfig
@@ -38,12 +41,14 @@ class DenoiserTraining(L.LightningModule):
         config: TrainConfig,
         *,
         seed: int,
+        sharded: bool = False,
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.average = AveragedModel(denoiser, avg_fn=_average(config.ema_decay))
         self.average.requires_grad_(requires_grad=False)
         self.tasks, self.codecs, self.config, self.seed = tasks, codecs, config, seed
+        self.whole = (copy.deepcopy(denoiser),) if sharded else ()  # in a tuple, where PyTorch does not look for parts
 
     def training_step(self, batch: list[Batch], batch_index: int) -> dict[str, Tensor]:
         networks = [self.networks(part, part.noised, part.level) for part in batch]
@@ -84,6 +89,33 @@ class DenoiserTraining(L.LightningModule):
         return task.divergence(
             codec.restore(predicted), codec.restore(clean), self.config.function_images, generator, part.seeds
         )
+
+    def configure_model(self) -> None:
+        """Where processes share the weights, each keeps its part of every block and of the rest."""
+        if not self.whole or isinstance(self.denoiser, FSDPModule):
+            return
+        mesh = self.device_mesh
+        assert mesh is not None
+        for part in (self.denoiser, self.average.module):
+            assert isinstance(part, AnyDenoiser)
+            for block in (*part.blocks, part):
+                fully_shard(block, mesh=mesh["data_parallel"])
+
+    def averaged(self) -> AnyDenoiser:
+        """The denoiser with its moving average of weights; to be asked for by every process at once."""
+        found = self.average.module
+        if self.whole:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = get_model_state_dict(found, options=options)
+            found = self.whole[0]
+            if state:  # the first process alone is given it
+                found.load_state_dict(state)
+        assert isinstance(found, AnyDenoiser)
+        return found
+
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+        """Lightning does not know how to clip what is shared."""
+        nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.config.gradient_clip)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

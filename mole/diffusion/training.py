@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from mole.config import Config, GeneratorConfig
@@ -20,7 +21,7 @@ from mole.diffusion.generator import Generator
 from mole.diffusion.models import make_denoiser
 from mole.diffusion.module import DenoiserTraining
 from mole.diffusion.pairs import PairBatches, PairSource
-from mole.diffusion.watch import Data, Kept, Log, Watch, averaged, resumable
+from mole.diffusion.watch import Data, Kept, Log, Watch, resumable
 from mole.errors import MoleError
 from mole.reporting import Advance
 from mole.representations import EntryScale
@@ -66,7 +67,9 @@ def train_generator(
     with Seeded(config.seed):
         numbers = data.task.numbers
         denoiser = make_denoiser([c.view for c in codecs], config.generator, numbers=numbers)
-    module = DenoiserTraining(denoiser, codecs, source.tasks, config.train, seed=config.seed)
+    module = DenoiserTraining(
+        denoiser, codecs, source.tasks, config.train, seed=config.seed, sharded=config.runtime.strategy == "fsdp"
+    )
 
     def card() -> Card:
         """What is known of the generator now; the losses and the digest of a stream grow."""
@@ -87,7 +90,7 @@ def train_generator(
     try:
         resume = str(state) if resumed.step else None
         loader = DataLoader(batches, batch_size=None)
-        _trainer(config, device, watch).fit(module, loader, ckpt_path=resume, weights_only=True)
+        _trainer(config, device, watch, layouts=len(codecs)).fit(module, loader, ckpt_path=resume, weights_only=True)
     except torch.OutOfMemoryError as error:
         raise MoleError(
             f"train.batch_size {config.train.batch_size} does not fit into the memory of {device} "
@@ -95,9 +98,10 @@ def train_generator(
         ) from None
     except SystemExit:  # Lightning turns Ctrl-C into an exit
         raise KeyboardInterrupt from None
+    denoiser = module.averaged().to(device).eval()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # left to the interpreter's exit, its threads abort now and then
-    return Generator(averaged(module, device), codec, card(), device, source.tasks[0]), watch.seconds, resumed.seconds
+    return Generator(denoiser, codec, card(), device, source.tasks[0]), watch.seconds, resumed.seconds
 
 
 def _fits(module: DenoiserTraining, source: PairSource, config: Config, device: torch.device) -> str:
@@ -155,7 +159,7 @@ def fit_scales(source: PairSource, config: GeneratorConfig) -> dict[str, float]:
             for name, parts in found.items()}  # fmt: skip
 
 
-def _trainer(config: Config, device: torch.device, watch: L.Callback) -> L.Trainer:
+def _trainer(config: Config, device: torch.device, watch: L.Callback, layouts: int) -> L.Trainer:
     """Lightning without its own files, bars and summaries: `watch` does what is wanted of them."""
     world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if config.train.batch_size % world:
@@ -165,16 +169,30 @@ def _trainer(config: Config, device: torch.device, watch: L.Callback) -> L.Train
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=here,
         num_nodes=world // here,
-        strategy="ddp_find_unused_parameters_true" if world > 1 else "auto",  # not every batch has every layout
+        strategy=_strategy(config, world, layouts),
         use_distributed_sampler=False,
         precision="bf16-mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32-true",
-        gradient_clip_val=config.train.gradient_clip,
         callbacks=[watch],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def _strategy(config: Config, world: int, layouts: int) -> Any:
+    if config.runtime.strategy == "fsdp":
+        if layouts > 1:
+            raise MoleError(
+                f"runtime.strategy fsdp: the zoo has {layouts} layouts of networks, of which each process meets others "
+                "in a step; legal is ddp"
+            )
+        return ModelParallelStrategy(
+            data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    if world == 1:
+        return "auto"
+    return "ddp_find_unused_parameters_true" if layouts > 1 else "ddp"  # not every batch has every layout
 
 
 def _quiet() -> None:

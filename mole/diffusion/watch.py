@@ -134,8 +134,10 @@ class Watch(L.Callback):
         self.progress(step, self.state.source.note())
         if step % train.log_every == 0 or step == train.steps:
             self._log_training(step, outputs, trainer)
-        if (step % train.validate_every == 0 or step == train.steps) and trainer.is_global_zero:
-            self._validate(step, pl_module)
+        if step % train.validate_every == 0 or step == train.steps:
+            denoiser = pl_module.averaged().to(self.device).eval()
+            if trainer.is_global_zero:
+                self._validate(step, denoiser)
         if step % train.checkpoint_every == 0 and step < train.steps:
             self._save(trainer)
         self.ready = time.monotonic()
@@ -163,10 +165,10 @@ class Watch(L.Callback):
             values["mfu"] = rate * self.operations / most
         self.report(step, {f"train/{name}": value for name, value in values.items()})
 
-    def _validate(self, step: int, module: DenoiserTraining) -> None:
+    def _validate(self, step: int, denoiser: AnyDenoiser) -> None:
         """One pass from the first states of held-out runs, judged on prompt images."""
         card, task = self.card(), self.state.source.tasks[0]
-        generator = Generator(averaged(module, self.device), self.state.codec, card, self.device, task)
+        generator = Generator(denoiser, self.state.codec, card, self.device, task)
         heldout = own_part(self.data.heldout, task)
         seeds = heldout.column("seed")[heldout.first.numpy()].tolist()
         starts = heldout.read(heldout.first)
@@ -183,10 +185,3 @@ class Watch(L.Callback):
                 f"val/one_pass_{task.score}": float(found[task.score].mean()),
             },
         )
-
-
-def averaged(module: DenoiserTraining, device: torch.device) -> AnyDenoiser:
-    """The denoiser with its moving average of weights."""
-    denoiser = module.average.module
-    assert isinstance(denoiser, AnyDenoiser)
-    return denoiser.to(device).eval()
