@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mole.checkpoints.callback import Harvest
     from mole.diffusion import Generator, Sample, Samples, load
     from mole.errors import ConfigError, CorruptFileError, MoleError, PromptWarning, VectorisationWarning
-    from mole.rank import rank_networks, silhouette
+    from mole.rank import leaderboard, silhouette
     from mole.representations import WeightSpec
     from mole.tasks import Task, load_task
 
@@ -29,7 +29,7 @@ _HOMES = {
     "WeightSpec": "mole.representations",
     "Task": "mole.tasks",
     "load_task": "mole.tasks",
-    "rank_networks": "mole.rank",
+    "leaderboard": "mole.rank",
     "silhouette": "mole.rank",
     "MoleError": "mole.errors",
     "ConfigError": "mole.errors",
@@ -52,9 +52,9 @@ __all__ = [
     "WeightSpec",
     "Zoo",
     "import_checkpoints",
+    "leaderboard",
     "load",
     "load_task",
-    "rank_networks",
     "silhouette",
     "train_population",
 ]

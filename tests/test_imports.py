@@ -26,13 +26,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints": {"config", "representations", "seeding", "tasks", *BASE},
     "diffusion": {"config", "reporting", "representations", "seeding", "tasks", "checkpoints", *BASE},
     "evaluation": {"config", "representations", "seeding", "tasks", "checkpoints", *BASE},
-    "rank": {"errors"},
+    "rank": {"checkpoints", "config", "tasks", *BASE},
     "provenance": BASE,
     "pipeline": {
         "checkpoints", "config", "diffusion", "evaluation", "metrics", "provenance", "rank", "reporting",
         "representations", "stages", "tasks", "tracking", *BASE,
     },
-    "cli": {"checkpoints", "config", "files", "errors", "pipeline", "stages", "terminal"},
+    "cli": {"checkpoints", "config", "files", "errors", "pipeline", "rank", "stages", "tasks", "terminal"},
 }  # fmt: skip
 
 

@@ -86,9 +86,9 @@ def test_the_ledger_leads_from_a_network_to_its_zoo(tiny_run: Path) -> None:
     assert generator["wasDerivedFrom"]["zoo"] == by_type["zoo"][0]["digest"] == network["zoo"]
 
 
-def test_the_leaderboard_is_in_order_of_the_silhouette(tiny_run: Path) -> None:
+def test_the_leaderboard_is_in_order_of_neuralrank(tiny_run: Path) -> None:
     rows = list(csv.DictReader((tiny_run / "rank" / "leaderboard.csv").open()))
-    scores = [float(row["silhouette"]) for row in rows]
+    scores = [float(row["neuralrank"]) for row in rows]
     assert len(rows) == 8 and scores == sorted(scores, reverse=True)
     assert {row["file"] for row in rows} == {path.name for path in (tiny_run / "samples").iterdir()}
 
@@ -104,7 +104,7 @@ def test_the_same_command_again_skips_every_stage(tiny_run: Path) -> None:
 def test_a_changed_key_runs_what_depends_on_it_and_damaged_files_are_made_again(tiny_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(tiny_run, folder)
-    dry = run_command("configs/tiny.yaml", "--out", str(folder), "--rank.components", "5", "--dry-run").stdout
+    dry = run_command("configs/tiny.yaml", "--out", str(folder), "--rank.scorers", "[class_mean]", "--dry-run").stdout
     assert dry.count("would be skipped") == 4 and "rank: would run, its configuration or its inputs changed" in dry
 
     digest = file_digest(folder / "generator" / "model.safetensors")
@@ -301,7 +301,7 @@ def test_a_generator_of_policies_is_judged_by_return(tmp_path: Path) -> None:
     assert report["nulls"]["start"]["return_mean"] == report["one_pass"]["start_return_mean"]
     assert "max_wrong_iou_mean" not in report["novelty"] and "test return" in done.stdout
     header = (folder / "rank" / "leaderboard.csv").read_text().splitlines()[0]
-    assert header == "rank,file,minus_prompt_loss,prompt_loss,prompt_return,test_loss,test_return"
+    assert header == "rank,file,prompt_loss,prompt_return,test_loss,test_return"
     assert set(mole.load(folder).card.ranges) == {"loss", "return"}
 
 
@@ -309,7 +309,7 @@ def test_the_smallest_legal_run(tmp_path: Path) -> None:
     ones = {
         "task.width": 1, "task.steps": 1, "harvest.runs": 2, "harvest.heldout_runs": 1, "harvest.checkpoints": 2,
         "harvest.group_size": 1, "generator.layers": 1, "train.steps": 1, "train.batch_size": 1, "sample.networks": 1,
-        "evaluate.starts": 1, "evaluate.prompts": 2, "evaluate.optimizer_steps": 1, "rank.components": 99,
+        "evaluate.starts": 1, "evaluate.prompts": 2, "evaluate.optimizer_steps": 1,
     }  # fmt: skip
     arguments = [part for key, value in ones.items() for part in (f"--{key}", str(value))]
     done = run_command("configs/tiny.yaml", "--out", str(tmp_path), *arguments)

@@ -9,8 +9,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from mole.cli.commands import COMMANDS, run_command
 from mole.cli.job import DESCRIPTION, parse, run_job
-from mole.cli.zoo import COMMANDS, run_command
 from mole.errors import ConfigError, MoleError
 
 __all__ = ["main", "parse"]

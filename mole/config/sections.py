@@ -48,6 +48,13 @@ Condition = Literal[
 TaskName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cartpole", "iris", "wine", "breast_cancer"]
 
 
+ScorerName = Literal[
+    "neuralrank", "neuralrank_centroid", "silhouette", "class_mean", "h_score", "h_score_shrunk", "knn", "logme",
+    "ridge", "gbc", "transrate", "parc", "leep", "nce", "linear_probe", "minus_loss", "mutual_information",
+    "coding_rate", "kmeans", "confidence", "nuclear_norm",
+]  # fmt: skip
+
+
 class SubtaskConfig(Section):
     """Tasks within the task, one of its own for every run, drawn by the run's seed; nothing differs by default."""
 
@@ -306,8 +313,10 @@ class EvaluateConfig(Section):
 class RankConfig(Section):
     """How the generated networks are screened."""
 
-    components: Natural = 10
-    """Principal components before the silhouette; 0 uses the features as they are."""
+    scorers: Annotated[list[ScorerName], Field(min_length=1)] = [
+        "neuralrank", "class_mean", "h_score_shrunk", "minus_loss"
+    ]  # fmt: skip
+    """By name; the first one decides, the others are reported beside it."""
 
 
 class TrackingConfig(Section):

@@ -2,25 +2,26 @@
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from mole.errors import CorruptFileError, MoleError
 from mole.files import write_text
 from mole.pipeline.current import Result, Run
-from mole.rank import Ranking, kendall_tau, rank_networks, regret
+from mole.rank import REGISTRY, Candidate, kendall_tau, leaderboard, regret
 from mole.reporting import Advance
 from mole.stages import read_marker
 from mole.tasks import Classification, Task
 
 
 def rank(current: Run) -> Result:
-    """Order the generated networks by silhouette, and say how far that order can be trusted.
+    """Order the generated networks, and say how far that order can be trusted.
 
     Where there are no classes to tell apart, the loss on the prompt split decides.
     """
@@ -33,54 +34,57 @@ def rank(current: Run) -> Result:
         heldout = current.own_heldout
         seeds = heldout.column("seed")[heldout.first[: len(files)].numpy()].tolist()
     prompt, test = task.measure(flat, "prompt", seeds), task.measure(flat, "test", seeds)
-    ranking = Ranking.of(-prompt["loss"])
+    columns: dict[str, Tensor] = {}
     if isinstance(task, Classification):
+        networks = [
+            Candidate(path.name, partial(_module, task, state)) for path, state in zip(files, states, strict=True)
+        ]
         with current.reporter.stage("rank", len(files), "networks") as advance:
-            networks = _counted((_module(task, state) for state in states), advance)
-            ranking = _by_silhouette(task, networks, seeds, current.config.rank.components)
+            columns = _scores(task, networks, seeds, current.config.rank.scorers, advance)
     score, truth = task.score, test[task.score]
+    columns |= {"prompt_loss": prompt["loss"], f"prompt_{score}": prompt[score]}
+    by = next(iter(columns))
+    deciding = columns[by] if by != "prompt_loss" else -columns[by]
+    columns |= {"test_loss": test["loss"], f"test_{score}": truth}
+    order = sorted(range(len(files)), key=lambda index: -float(deciding[index]))
     rows = [
-        [place, files[i].name, float(ranking.scores[i]), float(prompt["loss"][i]), float(prompt[score][i]),
-         float(test["loss"][i]), float(truth[i])]
-        for place, i in enumerate(ranking.order, 1)
-    ]  # fmt: skip
-    scorer = "silhouette" if isinstance(task, Classification) else "minus_prompt_loss"
-    columns = ["rank", "file", scorer, "prompt_loss", f"prompt_{score}", "test_loss", f"test_{score}"]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+        [place, files[i].name, *(float(column[i]) for column in columns.values())] for place, i in enumerate(order, 1)
+    ]
+    text, names = io.StringIO(), ["rank", "file", *columns]
+    csv.writer(text, lineterminator="\n").writerows([names, *rows])
     write_text(folder.leaderboard, text.getvalue())
+    judges = {name: column for name, column in columns.items() if name in REGISTRY} | {"prompt_loss": -prompt["loss"]}
     report = {
         "candidates": len(files),
-        "kendall_tau": kendall_tau(ranking.scores, truth),
-        "top1_regret": regret(ranking.scores, truth),
+        "by": by,
+        "kendall_tau": kendall_tau(deciding, truth),
+        "top1_regret": regret(deciding, truth),
         "random_regret": float(truth.max() - truth.mean()),
-        "prompt_loss_kendall_tau": kendall_tau(-prompt["loss"], truth),
-        "prompt_loss_top1_regret": regret(-prompt["loss"], truth),
+        "scorers": {name: {"kendall_tau": kendall_tau(column, truth), "top1_regret": regret(column, truth)}
+                    for name, column in judges.items()},
         "best": rows[0][1],
-    }
+    }  # fmt: skip
     current.log("rank", 0, {f"rank/{k}": float(v) for k, v in report.items() if isinstance(v, float)})
-    current.tracker.table("rank/networks", columns, rows)
+    current.tracker.table("rank/networks", names, rows)
     return [folder.leaderboard], {"rank": report}
 
 
-def _by_silhouette(
-    task: Classification, networks: Iterable[nn.Module], seeds: list[int] | None, components: int
-) -> Ranking:
-    """On the prompt images, each network on those of its own sub-task where they differ."""
-    data = task.prompt.images, task.prompt.labels
+def _scores(
+    task: Classification, networks: list[Candidate], seeds: list[int] | None, scorers: Sequence[str], advance: Advance
+) -> dict[str, Tensor]:
+    """By scorer (N,), on prompt images, each network on those of its own sub-task where they differ; minus
+    infinity where a score could not be had."""
+    images, labels = task.prompt.images, task.prompt.labels
     if seeds is None:
-        return rank_networks(networks, *data, components=components)
-    scores = []
-    for network, images, labels in zip(networks, *task.shown(*data, seeds), strict=True):
-        there = labels >= 0
-        scores.append(rank_networks([network], images[there], labels[there], components=components).scores)
-    return Ranking.of(torch.cat(scores))
-
-
-def _counted(networks: Iterable[nn.Module], advance: Advance) -> Iterator[nn.Module]:
-    for done, network in enumerate(networks, 1):
-        yield network
-        advance(done)
+        boards = [leaderboard(networks, (images, labels), scorers=scorers, progress=advance)]
+    else:
+        boards = []
+        for network, image, label in zip(networks, *task.shown(images, labels, seeds), strict=True):
+            there = label >= 0
+            boards.append(leaderboard([network], (image[there], label[there]), scorers=scorers))
+            advance(len(boards))
+    found = {row.name: row.scores for board in boards for row in board.rows}
+    return {name: torch.tensor([found[n.name].get(name, -torch.inf) for n in networks]) for name in scorers}
 
 
 def _module(task: Task, state: dict[str, torch.Tensor]) -> nn.Module:

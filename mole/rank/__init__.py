@@ -1,7 +1,13 @@
-"""Screening: which of these networks separate the classes?"""
+"""Which of these networks suits my data? Scorers, and the table that they fill."""
 
-from mole.rank.features import hidden_features, principal_components
-from mole.rank.leaderboard import Ranking, kendall_tau, rank_networks, regret
-from mole.rank.silhouette import silhouette
+from mole.rank.agreement import kendall_tau, mean_rank, regret, weighted_tau
+from mole.rank.features import hidden_features, principal_components, see
+from mole.rank.leaderboard import Candidate, Leaderboard, Row, layer_scores, leaderboard
+from mole.rank.scorers import REGISTRY, Evidence, Scorer, find_scorers, scorer
+from mole.rank.silhouette import silhouette, silhouette_of, silhouette_samples
 
-__all__ = ["Ranking", "hidden_features", "kendall_tau", "principal_components", "rank_networks", "regret", "silhouette"]
+__all__ = [
+    "REGISTRY", "Candidate", "Evidence", "Leaderboard", "Row", "Scorer", "find_scorers", "hidden_features",
+    "kendall_tau", "layer_scores", "leaderboard", "mean_rank", "principal_components", "regret", "scorer", "see",
+    "silhouette", "silhouette_of", "silhouette_samples", "weighted_tau",
+]  # fmt: skip

@@ -45,7 +45,9 @@ def test_an_untrained_model_returns_its_start_exactly(toy: Classification) -> No
     assert torch.equal(Gpt(view, SMALL)([part])[0], part.start)
 
 
-@pytest.mark.parametrize(("name", "published", "tokens"), [("mnist", 378e6, 26), ("cifar10", 639e6, 26), ("cartpole", 347e6, 18)])
+@pytest.mark.parametrize(
+    ("name", "published", "tokens"), [("mnist", 378e6, 26), ("cifar10", 639e6, 26), ("cartpole", 347e6, 18)]
+)
 def test_at_full_size_it_has_the_parameters_and_tokens_of_the_paper(name: str, published: float, tokens: int) -> None:
     config = load([ROOT / "configs" / f"gpt_{name}.yaml"]).generator
     view = chunk_view(WeightSpec.of(NETWORKS[name].build(seed=0)), size=config.chunk)

@@ -8,7 +8,7 @@ from sklearn.metrics import silhouette_score
 from torch import nn
 
 from mole.errors import MoleError
-from mole.rank import hidden_features, kendall_tau, principal_components, rank_networks, regret, silhouette
+from mole.rank import hidden_features, kendall_tau, principal_components, regret, silhouette
 
 
 @settings(max_examples=40, deadline=None)
@@ -55,20 +55,6 @@ def test_components_equal_scikit_learns_up_to_sign() -> None:
     expected = PCA(3, svd_solver="full").fit_transform(x.numpy())
     torch.testing.assert_close(principal_components(x, 3).abs(), torch.from_numpy(expected).abs())
     assert principal_components(x, 0) is x
-
-
-def test_networks_that_separate_the_classes_come_first() -> None:
-    labels = torch.arange(40) % 2
-    images = torch.stack([labels * 2.0 - 1, torch.randn(40)], 1)
-
-    def network(axis: int) -> nn.Sequential:
-        module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Identity(), nn.Linear(2, 2))
-        with torch.no_grad():
-            module[0].weight.copy_(torch.eye(2)[[axis, axis]])
-        return module
-
-    ranking = rank_networks([network(1), network(0)], images, labels, components=0)
-    assert ranking.order == [1, 0] and ranking.scores[1] == 1
 
 
 def test_tau_and_regret_by_hand() -> None:

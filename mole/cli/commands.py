@@ -1,13 +1,14 @@
-"""The commands on zoos: what is in one, whether it is sound, and taking checkpoints into one."""
+"""The commands beside the main job: looking into zoos, taking checkpoints into one, ranking."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from mole.cli.rank import add_parser, run_rank
 from mole.errors import ConfigError
 
-COMMANDS = ("zoo", "import")
+COMMANDS = ("zoo", "import", "rank")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -18,7 +19,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run `zoo show`, `zoo verify` or `import`; returns the exit code.
+    """Run `zoo show`, `zoo verify`, `import` or `rank`; returns the exit code.
 
     Raises:
         ConfigError: the arguments are wrong.
@@ -27,16 +28,19 @@ def run_command(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(list(arguments))
     if options.command == "import":
         return _import(options)
+    if options.command == "rank":
+        return run_rank(options)
     return _show(options.path) if options.action == "show" else _verify(options.path)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mole", description="Zoos of checkpoint histories.")
+    parser = _Parser(prog="mole", description="Zoos of checkpoint histories, and ranking networks.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     zoo = commands.add_parser("zoo", help="look into a zoo")
     actions = zoo.add_subparsers(dest="action", required=True, parser_class=_Parser)
     for action, text in (("show", "what is in it"), ("verify", "read every byte; exit 1 if one is not as written")):
         actions.add_parser(action, help=text).add_argument("path", type=Path)
+    add_parser(commands)
     taken = commands.add_parser("import", help="take checkpoint files into a zoo")
     taken.add_argument("path", type=Path, help="a file, or a folder that is searched through")
     taken.add_argument("--into", type=Path, required=True, metavar="ZOO")

@@ -1,0 +1,101 @@
+"""`mole rank`: order networks by how well they would serve data."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mole.errors import ConfigError
+
+SPLITS = ("train", "prompt", "test")
+
+
+def add_parser(commands: Any) -> None:
+    """The arguments of `mole rank`."""
+    rank: argparse.ArgumentParser = commands.add_parser("rank", help="order networks by how well they would serve data")
+    rank.add_argument("path", nargs="+", help="a zoo, a run's samples, a folder of .safetensors, timm:NAME")
+    rank.add_argument("--data", required=True, help="a task (digits, mnist, ...), or an .npz of `inputs`, `labels`")
+    rank.add_argument("--split", choices=SPLITS, default="prompt", help="of a task (default: prompt)")
+    rank.add_argument("--labels", help="only examples of these labels, as 0,1,2")
+    rank.add_argument("--unlabelled", action="store_true", help="rank without reading any label")
+    rank.add_argument("--examples", type=int, default=2000, help="at most so many (default: 2000)")
+    rank.add_argument("--scorer", help="names, separated by commas; the first decides the order")
+    rank.add_argument("--layer", default="last hidden", help="its name or place (default: what the last layer reads)")
+    rank.add_argument("--bootstrap", type=int, default=0, help="samples for intervals and the chance to be best")
+    rank.add_argument("--factory", help="module:function that makes a network for the files")
+    rank.add_argument("--out", type=Path, help="folder for CSV, Parquet, figure; the same command goes on there")
+    rank.add_argument("--device", default="cpu")
+    rank.add_argument("--seed", type=int, default=0)
+
+
+def run_rank(options: argparse.Namespace) -> int:
+    """Rank, print the table, and write it where that is asked for; 1 if no network could be scored.
+
+    Raises:
+        ConfigError: arguments do not fit.
+        MoleError: there are no networks, or the data cannot be had.
+    """
+    least = {"examples": 3, "bootstrap": 0, "seed": 0}
+    low = {name: getattr(options, name) for name in least if getattr(options, name) < least[name]}
+    if low:
+        raise ConfigError([f"command line: --{name} is {low[name]}; legal is {least[name]} or more" for name in low])
+    from rich.console import Console
+
+    from mole.rank import leaderboard
+    from mole.rank.repository import candidates, named
+    from mole.rank.tables import save, terminal
+    from mole.terminal import reporter
+
+    factory = named(options.factory) if options.factory else None
+    networks = [network for path in options.path for network in candidates(path, factory=factory)]
+    layer = int(options.layer) if options.layer.lstrip("-").isdigit() else options.layer
+    with reporter().stage("rank", len(networks), "networks") as advance:
+        board = leaderboard(
+            networks, _data(options), scorers=options.scorer.split(",") if options.scorer else None, layer=layer,
+            bootstrap=options.bootstrap, device=options.device, seed=options.seed, progress=advance,
+            kept=options.out / "rows.jsonl" if options.out else None,
+        )  # fmt: skip
+    Console().print(terminal(board))
+    for path in save(board, options.out) if options.out else []:
+        print(path)
+    return 0 if any(row.scores for row in board.rows) else 1
+
+
+def _data(options: argparse.Namespace) -> Any:
+    """Inputs and labels, drawn by the seed."""
+    import torch
+
+    inputs, labels = _from_file(Path(options.data)) if options.data.endswith(".npz") else _from_task(options)
+    if options.labels:
+        wanted = [int(part) for part in options.labels.split(",") if part.strip().lstrip("-").isdigit()]
+        if labels is None or not (there := torch.isin(labels, torch.tensor(wanted))).any():
+            raise ConfigError([f"command line: --labels {options.labels}: the data have none of them"])
+        inputs, labels = inputs[there], labels[there]
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(options.seed))[: options.examples]
+    return inputs[order], None if labels is None or options.unlabelled else labels[order]
+
+
+def _from_task(options: argparse.Namespace) -> tuple[Any, Any]:
+    from typing import get_args
+
+    from mole.config import TaskConfig
+    from mole.config.sections import TaskName
+    from mole.tasks import labelled, load_task
+
+    if options.data not in get_args(TaskName):
+        legal = ", ".join(get_args(TaskName))
+        raise ConfigError([f"command line: --data {options.data}; legal: {legal}, or an .npz of inputs and labels"])
+    split = labelled(load_task(TaskConfig(name=options.data))).split(options.split)
+    return split.images, split.labels
+
+
+def _from_file(path: Path) -> tuple[Any, Any]:
+    import numpy as np
+    import torch
+
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            inputs = torch.from_numpy(found["inputs"]).float()
+            labels = torch.from_numpy(found["labels"]) if "labels" in found else None
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError([f"command line: --data {path}: {error}; legal is an .npz of inputs and labels"]) from None
+    return inputs, labels

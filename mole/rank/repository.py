@@ -1,0 +1,143 @@
+"""Networks as people have them: a zoo, the samples of a run, a folder of files, or a library's models."""
+
+import importlib
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from mole.checkpoints import Zoo
+from mole.checkpoints.layouts import variants
+from mole.config import TaskConfig
+from mole.errors import CorruptFileError, MoleError
+from mole.rank.leaderboard import Candidate
+from mole.tasks import Architecture, load_task
+
+Factory = Callable[[], nn.Module]
+"""Makes a network of the kind whose weights are to be loaded."""
+
+
+def candidates(path: str | Path, *, factory: Factory | None = None) -> list[Candidate]:
+    """The networks in a place.
+
+    Args:
+        path: a zoo (or a run folder with one), a run's `samples/`, a folder of safetensors files, or the name of a
+            pretrained model, `timm:NAME` or `transformers:NAME`, where that library is installed.
+        factory: for files that do not say what network they are of.
+
+    Raises:
+        MoleError: there is nothing there, or it is not known what networks the files are of.
+    """
+    kind, _, name = str(path).partition(":")
+    if kind in LIBRARIES and name:
+        return [Candidate(str(path), partial(LIBRARIES[kind], name), {"library": kind, "model": name})]
+    folder = Path(path)
+    if (folder / "zoo.json").is_file() or (folder / "zoo" / "zoo.json").is_file():
+        return from_zoo(folder if (folder / "zoo.json").is_file() else folder / "zoo", factory)
+    files = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        raise MoleError(f"{path}: no networks here; legal is a zoo, a folder of .safetensors files, or timm:NAME")
+    origin = _origins(folder)
+    if factory is None and not origin:
+        raise MoleError(
+            f"{path}: nothing says what networks these files are of; give a factory, --factory module:function"
+        )
+    return [_of_file(file, folder, origin.get(file.name, {}), factory) for file in files]
+
+
+def from_zoo(path: Path, factory: Factory | None = None) -> list[Candidate]:
+    """The last state of every run of a zoo.
+
+    Raises:
+        MoleError: the zoo was imported, so it does not say what its networks are, and there is no factory.
+    """
+    zoo = Zoo(path).finished()
+    recipe = zoo.header.recipe.get("task")
+    if recipe is None and factory is None:
+        raise MoleError(f"{path}: this zoo was imported; give a factory, --factory module:function")
+    if factory is not None:
+        parts = [(zoo, factory)]
+    else:
+        task = load_task(TaskConfig.model_validate(recipe))
+        parts = [(part, partial(other.architecture.build, 0)) for part, other in variants(zoo, task)]
+    found = []
+    for part, make in parts:
+        names, places = part.column("run")[part.last.numpy()], part.last
+        for name, place in zip(names.tolist(), places.tolist(), strict=True):
+            origin = {"zoo": part.digest, "run": name, "checkpoint": place}
+            found.append(Candidate(str(name), partial(_of_zoo, part, place, make), origin))
+    return found
+
+
+def _of_zoo(zoo: Zoo, place: int, make: Factory) -> nn.Module:
+    network = make()
+    network.load_state_dict(zoo[place].state_dict())
+    return network
+
+
+def _origins(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the ledger of a run says of its samples, by file name."""
+    for root in (folder, folder.parent):
+        path = root / "provenance" / "ledger.jsonl"
+        if path.is_file():
+            records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            return {Path(r["file"]).name: r for r in records if r.get("type") == "network" and "file" in r}
+    return {}
+
+
+def _of_file(file: Path, folder: Path, origin: dict[str, Any], factory: Factory | None) -> Candidate:
+    name = file.relative_to(folder)
+    known = {key: origin[key] for key in ("generator", "zoo", "prompt") if key in origin}
+    return Candidate(str(name.with_suffix("")), partial(_load, file, origin, factory), {"file": str(name), **known})
+
+
+def _load(file: Path, origin: dict[str, Any], factory: Factory | None) -> nn.Module:
+    try:
+        make = factory or partial(Architecture.model_validate(origin["architecture"]).build, 0)
+        network = make()
+        network.load_state_dict(load_file(file))
+    except (SafetensorError, KeyError, ValidationError) as error:
+        raise CorruptFileError(f"{file}: {error}") from None
+    except RuntimeError as error:
+        raise MoleError(f"{file}: {' '.join(str(error).split())[:300]}") from None
+    return network
+
+
+def named(text: str) -> Callable[..., Any]:
+    """A factory from `module:function`.
+
+    Raises:
+        MoleError: there is none.
+    """
+    module, _, name = text.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise MoleError(f"factory {text!r}: {error}; legal is module:function") from None
+    if not callable(found):
+        raise MoleError(f"factory {text!r} is {type(found).__name__}; legal is a function that returns a network")
+    return found
+
+
+def _timm(name: str) -> nn.Module:
+    return _library("timm").create_model(name, pretrained=True)
+
+
+def _transformers(name: str) -> nn.Module:
+    return _library("transformers").AutoModel.from_pretrained(name)
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise MoleError(f"{name} is not installed; pip install {name}") from None
+
+
+LIBRARIES: dict[str, Callable[[str], nn.Module]] = {"timm": _timm, "transformers": _transformers}
