@@ -147,7 +147,7 @@ def leaderboard(
         MoleError: there are no networks, a scorer is not known, labels do not fit the inputs, or, where that is asked
             for, a layer is lacking.
     """
-    chosen, candidates = _checked(scorers, data), _candidates(networks)
+    chosen, candidates = check_request(scorers, data), listed(networks)
     settings = json.dumps([[s.name for s in chosen], str(layer), bootstrap, seed, _digest(data)])
     finished, rows = _Finished(kept, settings), list[Row]()
     for done, candidate in enumerate(candidates, 1):
@@ -160,7 +160,12 @@ def leaderboard(
     return Leaderboard.of(_marked(rows), [s.name for s in chosen], by)
 
 
-def _checked(names: Sequence[str] | None, data: Data) -> list[Scorer]:
+def check_request(names: Sequence[str] | None, data: Data) -> list[Scorer]:
+    """The scorers that are asked for, or a good choice.
+
+    Raises:
+        MoleError: one is not known or cannot be had with these labels, or labels and inputs do not fit.
+    """
     inputs, labels = data
     if labels is not None and len(labels) != len(inputs):
         raise MoleError(f"{len(inputs)} inputs and {len(labels)} labels; legal is one label per input")
@@ -171,7 +176,7 @@ def _checked(names: Sequence[str] | None, data: Data) -> list[Scorer]:
     chosen = find_scorers([name for name in names if name != ENSEMBLE])
     if not chosen:
         raise MoleError(f"scorers: {ENSEMBLE} needs others to take the mean of")
-    has = _evidence(torch.zeros(len(inputs), 1), torch.zeros(len(inputs), 1), labels, 0).has()
+    has = evidence_of(torch.zeros(len(inputs), 1), torch.zeros(len(inputs), 1), labels, 0).has()
     unfit = [s.name for s in chosen if set(s.needs) - has - {"own classes"}]
     if unfit:
         kind = "none" if labels is None else "numbers" if labels.is_floating_point() else "classes"
@@ -181,7 +186,12 @@ def _checked(names: Sequence[str] | None, data: Data) -> list[Scorer]:
     return chosen
 
 
-def _candidates(networks: Iterable[Candidate] | Mapping[str, nn.Module]) -> list[Candidate]:
+def listed(networks: Iterable[Candidate] | Mapping[str, nn.Module]) -> list[Candidate]:
+    """Networks as candidates.
+
+    Raises:
+        MoleError: there are none.
+    """
     if isinstance(networks, Mapping):
         found = [Candidate(str(name), partial(_itself, network)) for name, network in networks.items()]
     else:
@@ -195,7 +205,8 @@ def _itself(network: nn.Module) -> nn.Module:
     return network
 
 
-def _evidence(features: Tensor, outputs: Tensor, labels: Tensor | None, seed: int) -> Evidence:
+def evidence_of(features: Tensor, outputs: Tensor, labels: Tensor | None, seed: int) -> Evidence:
+    """What scorers are given: labels are classes where they are whole numbers, else targets."""
     if labels is not None and labels.is_floating_point():
         return Evidence(features, outputs, targets=labels, seed=seed)
     return Evidence(features, outputs, classes=None if labels is None else labels.long(), seed=seed)
@@ -212,7 +223,7 @@ def _row(
         if (known := finished.row(candidate.name, digest)) is not None:
             return known
         seen = see(network, data[0].split(batch_size), [layer], device=device)
-        evidence = _evidence(seen.features[str(layer)], seen.outputs, data[1], seed)
+        evidence = evidence_of(seen.features[str(layer)], seen.outputs, data[1], seed)
         scores, reasons = _scored(scorers, evidence)
         resampled = _resampled(scorers[0], evidence, bootstrap, seed) if scorers[0].name in scores else []
     except Exception as error:  # whatever is wrong with one network is not the end of the others
@@ -321,4 +332,4 @@ def layer_scores(
     (found,) = find_scorers([scorer])
     seen = see(network, data[0].split(batch_size), layer_names(network))
     layers = {"input": data[0].flatten(1), **seen.features}
-    return {name: found(_evidence(x, seen.outputs, data[1], 0)) for name, x in layers.items()}
+    return {name: found(evidence_of(x, seen.outputs, data[1], 0)) for name, x in layers.items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mole
 from mole.errors import MoleError
-from mole.rank import Candidate, layer_scores, leaderboard, mean_rank, see, weighted_tau
+from mole.rank import Candidate, layer_scores, leaderboard, mean_rank, see, successive_halving, weighted_tau
 from mole.rank.repository import candidates, named
 
 from ..conftest import run_command
@@ -229,3 +229,25 @@ def test_the_command_ranks_a_zoo_and_a_runs_samples(tiny_run: Path, tmp_path: Pa
 
 def test_it_is_there_from_the_top() -> None:
     assert mole.leaderboard is leaderboard
+
+
+def noisy_network(noise: float) -> nn.Sequential:
+    """Hidden features that mix the class with the noise input."""
+    network = axis_network(0)
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor([[1.0, noise], [1.0, -noise]]))  # pyright: ignore
+    return network
+
+
+def test_halving_finds_the_best_at_a_fifth_of_the_evaluations() -> None:
+    labels = torch.arange(320) % 2
+    data = torch.stack([labels * 2.0 - 1, torch.randn(320)], 1), labels
+    networks = {f"noise {level}": noisy_network(level) for level in range(16)}
+    found = successive_halving(networks, data, scorer="silhouette")
+    whole = leaderboard(networks, data, scorers=["silhouette"])
+    assert found.order[0] == whole.rows[0].name == "noise 0" and sorted(found.order) == sorted(networks)
+    assert found.share == found.evaluations / (320 * 16) == pytest.approx(6 / 32)
+    networks["broken"] = nn.Linear(3, 3)  # pyright: ignore
+    assert "does not take" in successive_halving(networks, data, scorer="silhouette").failed["broken"]
+    with pytest.raises(MoleError, match="rounds is 9; legal for 320 examples is 1 to 7"):
+        successive_halving(networks, data, rounds=9)
