@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mole.errors import MoleError
 from mole.files import replacing
-from mole.rank import kendall_tau, principal_components, see, silhouette
+from mole.rank import kendall_tau, leaderboard, principal_components, see, silhouette, successive_halving
 from mole.seeding import Seeded, derived
 
 ARCHIVES = {"M": "mnist", "F": "fashion_mnist", "C": "cifar10"}
@@ -196,6 +196,7 @@ def main() -> None:
         result["tables"][title] = summary(title, table, scores, accuracy)
     result["input"] = input_scores(data)
     result["dimensions"] = by_dimension(cached)
+    result["halving"] = {target: halving(networks, data.part(target, "test"), given.seed) for target in ("M04", "F04")}
     result |= {"training_seconds": training, "tables_seconds": time.perf_counter() - began}
     figure(result["dimensions"], given.out / "dimensions.png")
     (given.out / "result.json").write_text(json.dumps(result, indent=1))
@@ -236,6 +237,18 @@ def input_scores(data: Images) -> dict[str, float]:
         "standard": silhouette(reduced, labels), "centroid": silhouette(reduced, labels, variant="centroid"),
         "standard without PCA": silhouette(pixels, labels),
     }  # fmt: skip
+
+
+def halving(networks: dict[str, nn.Module], data: tuple[Tensor, Tensor], seed: int) -> dict[str, Any]:
+    """Does successive halving find the best of all networks, and at what share of the evaluations?"""
+    found, whole = successive_halving(networks, data, seed=seed), leaderboard(networks, data, scorers=["neuralrank"])
+    names = [row.name for row in whole.rows]
+    return {
+        "share": found.share,
+        "best": found.order[0],
+        "best_of_all": names[0],
+        "place": names.index(found.order[0]) + 1,
+    }
 
 
 def by_dimension(cached: Any) -> dict[str, dict[str, float]]:
