@@ -263,21 +263,18 @@ def run_twice(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_processes_train_one_generator_and_the_first_alone_writes(tmp_path: Path) -> None:
-    arguments = ("configs/tiny.yaml", "--train.steps", "20", "--train.log_every", "10", "--out", str(tmp_path / "ddp"))
-    done = run_twice(*arguments)
+    short = ("configs/tiny.yaml", "--train.steps", "20", "--train.log_every", "10", "--only", "harvest,train", "--out")
+    done = run_twice(*short, str(tmp_path / "ddp"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("train: finished") == 1
     rows = (tmp_path / "ddp" / "metrics.csv").read_text().splitlines()
     assert sum(row.startswith("train,10,train/loss,") for row in rows) == 1
     assert len(mole.load(tmp_path / "ddp").sample(n=2)) == 2
-    again = run_command(*arguments)
-    assert again.returncode == 0 and again.stdout.count("skipped") == 5
-    refused = run_twice(*arguments[:-1], str(tmp_path / "odd"), "--train.batch_size", "31")
-    assert refused.returncode != 0 and "train.batch_size 31 does not divide among 2 processes" in refused.stderr
+    again = run_command(*short, str(tmp_path / "ddp"))
+    assert again.returncode == 0 and again.stdout.count("skipped") == 2
     for name in ("zoo", "stages"):
         shutil.copytree(tmp_path / "ddp" / name, tmp_path / "fsdp" / name)
-    sharded = ("--runtime.strategy", "fsdp", "--only", "harvest,train", "--train.checkpoint_every", "10")
-    done = run_twice(*arguments[:-1], str(tmp_path / "fsdp"), *sharded)
+    done = run_twice(*short, str(tmp_path / "fsdp"), "--runtime.strategy", "fsdp", "--train.checkpoint_every", "10")
     assert done.returncode == 0, done.stderr[-3000:]
     losses = []
     for kind in ("ddp", "fsdp"):
@@ -441,7 +438,11 @@ def test_every_config_runs_for_two_steps(path: Path, tmp_path: Path, monkeypatch
     if path.stem.startswith("gpt"):
         small |= {"generator.parameters": 10**6, "sample.evaluations": 2, "evaluate.evaluations": 2}
     arguments = [part for key, value in small.items() for part in (f"--{key}", str(value))]
-    if path.stem == "gpt_cifar10":  # aligning convolutional networks takes minutes
+    if path.stem in (
+        "gpt_cifar10",
+        "cartpole",
+        "gpt_cartpole",
+    ):  # which take minutes to judge
         arguments += ["--only", "harvest,train,sample"]
     arguments += ["--only", only[1]] if only else []
     request = parse([str(path), *arguments, "--out", str(tmp_path / "run")])

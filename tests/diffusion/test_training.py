@@ -1,6 +1,7 @@
 import shutil
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from mole.diffusion.module import DenoiserTraining, _energy, learning_rate_facto
 from mole.diffusion.pairs import Batch, PairBatches, ZooPairs, choose_states
 from mole.diffusion.request import Request
 from mole.diffusion.speed import operations
-from mole.diffusion.training import Data, make_codec, train_generator
+from mole.diffusion.training import Data, _strategy, _trainer, make_codec, train_generator
 from mole.errors import MoleError
 from mole.representations import WeightSpec, neuron_view
 from mole.tasks import Classification
@@ -273,6 +274,15 @@ def test_a_chain_of_consistent_predictions_ends_at_the_clean_weights(source: Zoo
         assert bool((level <= part.level).all()) and torch.equal(earlier[ends], part.clean[ends])
         gap = (part.level - level)[~ends]
         torch.testing.assert_close(gap, torch.full_like(gap, 2.0 ** -(1 + int(5 * step / 12))), rtol=0, atol=2e-3)
+
+
+def test_processes_share_batches_that_divide_and_weights_of_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(MoleError, match=r"train\.batch_size 8 does not divide among 3 processes"):
+        _trainer(replace_train(CONFIG, batch_size=8), torch.device("cpu"), L.Callback(), layouts=1)
+    sharded = CONFIG.model_copy(update={"runtime": CONFIG.runtime.model_copy(update={"strategy": "fsdp"})})
+    with pytest.raises(MoleError, match=r"fsdp: the zoo has 2 layouts of networks, .*; legal is ddp"):
+        _strategy(sharded, 2, layouts=2)
 
 
 def test_operations_are_counted_by_hand() -> None:
