@@ -1,10 +1,11 @@
 """`mole rank`: order networks by how well they would serve data."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mole.errors import ConfigError
+from mole.errors import ConfigError, MoleError
 
 SPLITS = ("train", "prompt", "test")
 
@@ -46,14 +47,21 @@ def run_rank(options: argparse.Namespace) -> int:
     from mole.terminal import reporter
 
     factory = named(options.factory) if options.factory else None
-    networks = [network for path in options.path for network in candidates(path, factory=factory)]
+    networks = []
+    for path in options.path:  # names say where a network lies, if there are several places
+        before = f"{path}: " if len(options.path) > 1 else ""
+        networks += [replace(found, name=before + found.name) for found in candidates(path, factory=factory)]
+    names = [name.strip() for name in options.scorer.split(",")] if options.scorer else None
     layer = int(options.layer) if options.layer.lstrip("-").isdigit() else options.layer
     with reporter().stage("rank", len(networks), "networks") as advance:
         board = leaderboard(
-            networks, _data(options), scorers=options.scorer.split(",") if options.scorer else None, layer=layer,
+            networks, _data(options), scorers=names, layer=layer,
             bootstrap=options.bootstrap, device=options.device, seed=options.seed, progress=advance,
             kept=options.out / "rows.jsonl" if options.out else None,
         )  # fmt: skip
+    reasons = {row.reason for row in board.rows}
+    if len(reasons) == 1 and "" not in reasons and len(board.rows) > 1:
+        raise MoleError(f"all {len(board.rows)} networks: {reasons.pop()}")
     Console().print(terminal(board))
     for path in save(board, options.out) if options.out else []:
         print(path)
@@ -66,12 +74,23 @@ def _data(options: argparse.Namespace) -> Any:
 
     inputs, labels = _from_file(Path(options.data)) if options.data.endswith(".npz") else _from_task(options)
     if options.labels:
-        wanted = [int(part) for part in options.labels.split(",") if part.strip().lstrip("-").isdigit()]
-        if labels is None or not (there := torch.isin(labels, torch.tensor(wanted))).any():
-            raise ConfigError([f"command line: --labels {options.labels}: the data have none of them"])
-        inputs, labels = inputs[there], labels[there]
+        inputs, labels = _of_labels(inputs, labels, options.labels)
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(options.seed))[: options.examples]
     return inputs[order], None if labels is None or options.unlabelled else labels[order]
+
+
+def _of_labels(inputs: Any, labels: Any, text: str) -> tuple[Any, Any]:
+    """The examples of some labels."""
+    import torch
+
+    if labels is None:
+        raise ConfigError([f"command line: --labels {text}: the data have no labels"])
+    legal = [str(label) for label in labels.unique().tolist()]
+    wanted = [part.strip() for part in text.split(",")]
+    if unknown := [part for part in wanted if part not in legal]:
+        raise ConfigError([f"command line: --labels {', '.join(unknown)}; legal: {', '.join(legal[:20])}"])
+    chosen = torch.isin(labels, torch.tensor([int(part) for part in wanted]))
+    return inputs[chosen], labels[chosen]
 
 
 def _from_task(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -89,13 +108,28 @@ def _from_task(options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _from_file(path: Path) -> tuple[Any, Any]:
+    import zipfile
+
     import numpy as np
     import torch
 
+    legal = "legal is an .npz of numbers `inputs` (n, ...) and, if there are some, whole `labels` (n,)"
     try:
-        with np.load(path, allow_pickle=False) as found:
-            inputs = torch.from_numpy(found["inputs"]).float()
-            labels = torch.from_numpy(found["labels"]) if "labels" in found else None
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError([f"command line: --data {path}: {error}; legal is an .npz of inputs and labels"]) from None
-    return inputs, labels
+        found = np.load(path, allow_pickle=False)
+        arrays = {name: found[name] for name in ("inputs", "labels") if name in found}
+    except (OSError, ValueError, EOFError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
+        told = "it holds objects" if "allow_pickle" in str(error) else str(error)
+        raise ConfigError([f"command line: --data {path}: {told}; {legal}"]) from None
+    inputs, labels = arrays.get("inputs"), arrays.get("labels")
+    if inputs is None or inputs.ndim < 1 or inputs.dtype.kind not in "fiub":
+        what = "no inputs" if inputs is None else f"inputs {inputs.shape} {inputs.dtype}"
+        raise ConfigError([f"command line: --data {path}: {what}; {legal}"])
+    if labels is None:
+        return torch.from_numpy(inputs.astype(np.float32)), None
+    if labels.ndim == 2 and labels.shape[1] == 1 and labels.dtype.kind in "iub":
+        labels = labels[:, 0]
+    if labels.ndim < 1 or len(labels) != len(inputs) or labels.dtype.kind not in "fiub":
+        what = f"{len(inputs)} inputs, labels {labels.shape} {labels.dtype}"
+        raise ConfigError([f"command line: --data {path}: {what}; {legal}"])
+    kind = np.float32 if labels.dtype.kind == "f" else np.int64
+    return torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(labels.astype(kind))

@@ -1,8 +1,9 @@
 """What is written beside a generator's weights: what it is, what it has seen, and the page that says so."""
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from mole.config import GeneratorConfig, TaskConfig
 from mole.errors import CorruptFileError
@@ -10,6 +11,12 @@ from mole.files import read_json, value_digest
 from mole.tasks import Architecture
 
 FORMAT = 3
+
+
+def _with_loss(ranges: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    if "loss" not in ranges:
+        raise ValueError("the range of the loss is missing")
+    return ranges
 
 
 class Card(BaseModel):
@@ -24,7 +31,7 @@ class Card(BaseModel):
     """Networks that it was trained on; those of `task` first."""
     scales: dict[str, float]
     """Standard deviation of every tensor over the training networks, by its word."""
-    ranges: dict[str, tuple[float, float]]
+    ranges: Annotated[dict[str, tuple[float, float]], AfterValidator(_with_loss)]
     """Lowest and highest value of every metric in the zoo."""
     examples: int
     """Numbers per example of the data."""
@@ -94,7 +101,10 @@ def read_card(path: Path) -> Card:
         FileNotFoundError: there is none.
         CorruptFileError: it is not what was written, or of another format.
     """
-    values = read_json(path)
+    try:
+        values = read_json(path)
+    except RecursionError:
+        raise CorruptFileError(f"{path}: nested too deeply to be a card") from None
     found = values.get("format") if isinstance(values, dict) else None
     if isinstance(found, int) and found != FORMAT:
         todo = "update MOLE" if found > FORMAT else "train again"

@@ -151,7 +151,7 @@ class Denoiser(nn.Module):
         self.positions = config.symmetry != "equivariant"
         self.channels = 3 if config.data else 2
         """How often a weight is read: noised, of the start, and as the start's gradient."""
-        self.read, self.write, self.read_edges, self.write_edges = (nn.ModuleDict() for _ in range(4))
+        self.read, self.write, self.keep, self.read_edges, self.write_edges = (nn.ModuleDict() for _ in range(5))
         self.places = nn.ParameterDict()
         for view in views:
             for kind in view.nodes:
@@ -187,6 +187,7 @@ class Denoiser(nn.Module):
                 nn.init.uniform_(read.weight, -bound, bound)
                 nn.init.zeros_(read.bias)
                 self.write[key] = _zeros(nn.Linear(width, size))
+                self.keep[key] = _zeros(nn.Linear(width, 2))
 
     def _learn_edges(self, edges: Edges) -> None:
         key, numbers = _key(edges.part, edges.places.shape[1]), edges.places.shape[1]
@@ -218,7 +219,8 @@ class Denoiser(nn.Module):
 
     def forward(self, batch: Sequence[Networks]) -> list[Tensor]:
         """One evaluation of networks of one or several layouts: normalised clean weights (B, P) of each."""
-        tokens = [self._read(part) for part in batch]
+        seen = [self._seen(part) for part in batch]
+        tokens = [self._read(part, inputs) for part, inputs in zip(batch, seen, strict=True)]
         lengths = [sum(kind.shape[1] for kind in part) for part in tokens]
         longest = max(lengths)
         x = torch.cat([F.pad(torch.cat(part, 1), (0, 0, 0, longest - n))
@@ -234,7 +236,7 @@ class Denoiser(nn.Module):
         shift, scale = self.modulate(c)[:, None].chunk(2, -1)  # (B, 1, D) each
         x = self.norm(x) * (1 + scale) + shift  # (B, T, D)
         rows = x.split([len(part.level) for part in batch])
-        return [self._write(part, y) for part, y in zip(batch, rows, strict=True)]
+        return [self._write(part, y, inputs) for part, y, inputs in zip(batch, rows, seen, strict=True)]
 
     def _condition(self, part: Networks) -> Tensor:
         """(B, D)."""
@@ -243,14 +245,17 @@ class Denoiser(nn.Module):
         size = part.level.new_tensor([log(max(1, neurons)), float(len(hidden))])
         return self.embed(part.level, part.conditions) + self.embed_size(size)
 
-    def _read(self, part: Networks) -> list[Tensor]:
-        """(B, T, D) per kind of nodes."""
-        view, conditions = part.view, part.conditions
+    def _seen(self, part: Networks) -> list[Tokens]:
+        """What is read: noised weights, the start's, and its gradient."""
         inputs = [part.noised, part.start]
         if self.channels == 3:
-            gradient = conditions.gradient
+            gradient = part.conditions.gradient
             inputs.append(torch.zeros_like(part.start) if gradient is None else gradient)
-        seen = [view.encode(flat) for flat in inputs]
+        return [part.view.encode(flat) for flat in inputs]
+
+    def _read(self, part: Networks, seen: Sequence[Tokens]) -> list[Tensor]:
+        """(B, T, D) per kind of nodes."""
+        view, conditions = part.view, part.conditions
         tokens = []
         for number, kind in enumerate(view.nodes):
             place = self._placed(kind, conditions) + self.depth(fourier(part.level.new_tensor([kind.depth])))
@@ -290,12 +295,13 @@ class Denoiser(nn.Module):
         given = (conditions.labels >= 0).any(1)[:, None, None]  # (B, 1, 1)
         return torch.where(given, found, place)
 
-    def _write(self, part: Networks, x: Tensor) -> Tensor:
+    def _write(self, part: Networks, x: Tensor, seen: Sequence[Tokens]) -> Tensor:
         """(B, P) of what the transformer made of the tokens, (B, T or more, D)."""
         view = part.view
         sizes = [len(kind.places) for kind in view.nodes]
         tokens = x[:, : sum(sizes)].split(sizes, 1)
-        nodes = [self._write_nodes(kind, y) for kind, y in zip(view.nodes, tokens, strict=True)]
+        nodes = [self._write_nodes(kind, y, [one.nodes[number] for one in seen[:2]])
+                 for number, (kind, y) in enumerate(zip(view.nodes, tokens, strict=True))]  # fmt: skip
         edges = []
         for kind in view.edges:
             numbers = kind.places.shape[1]
@@ -304,10 +310,21 @@ class Denoiser(nn.Module):
             edges.append(self.write_edges[_key(kind.part, numbers)](*ends) if numbers else nothing)
         return part.start + view.decode(Tokens(nodes, edges))
 
-    def _write_nodes(self, kind: Nodes, x: Tensor) -> Tensor:
-        """(B, T, W)."""
-        parts = list(_parts(kind))
-        return torch.cat([self.write[key](x) for key, _ in parts], -1) if parts else x[..., :0]
+    def _write_nodes(self, kind: Nodes, x: Tensor, seen: Sequence[Tensor]) -> Tensor:
+        """(B, T, W): what a token of width D says of its W numbers, and how much it keeps of those it has read.
+
+        Without the second, no more than D of W directions of the start could be changed: weight decay shrinks them all.
+        """
+        written, low = [x[..., :0]], 0
+        for key, size in _parts(kind):
+            found = self.write[key](x)
+            if key in self.keep:
+                gains = self.keep[key](x)  # (B, T, 2)
+                for number, values in enumerate(seen):
+                    found = found + gains[..., number : number + 1] * values[..., low : low + size]
+            written.append(found)
+            low += size
+        return torch.cat(written, -1)
 
 
 def _parts(kind: Nodes) -> Iterator[tuple[str, int]]:

@@ -262,7 +262,7 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         try:
             card = read_card(folder / "config.json")
             found = file_digest(folder / "model.safetensors")
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise MoleError(
                 f"{path}: no generator here ({error.filename} is missing); legal is a run folder or a folder of "
                 "config.json and model.safetensors, as `python train.py` writes them"
@@ -274,6 +274,10 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
             specs = [WeightSpec.of(architecture.build(seed=0)) for architecture in card.architectures]
             codec = Codec(specs[0], card.denoiser, card.scales, tensors.get("codec.reference"))
             views = [codec.of(spec).view for spec in specs]
+            with torch.device("meta"):  # a card that asks for more than the file holds gets no memory
+                wanted = make_denoiser(views, card.denoiser, numbers=card.examples).state_dict()
+            if {f"denoiser.{k}": t.shape for k, t in wanted.items()} != _shapes(tensors, "denoiser."):
+                raise MoleError("the denoiser has other tensors than the card's")
             denoiser = make_denoiser(views, card.denoiser, numbers=card.examples)
             for name, part in (("denoiser", denoiser), ("codec", codec)):
                 mine = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
@@ -325,6 +329,10 @@ def _digest(support: Support, row: int) -> dict[str, Any]:
     """What tells a support set of others."""
     images, labels = support[0][row], support[1][row]
     return {"examples": len(labels), "images": weights_digest(images), "labels": labels.tolist()}
+
+
+def _shapes(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _noise(seed: int, size: int) -> Tensor:

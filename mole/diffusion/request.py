@@ -3,6 +3,7 @@
 Dimensions: N networks, P parameters, K examples, M numbers per example.
 """
 
+import difflib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from mole.tasks import Architecture, Task, labelled
 Support = tuple[Tensor, Tensor]
 """Labelled examples of the data: images (K, M) or (N, K, M), labels (K,) or (N, K)."""
 
+LARGEST = 1e6
+"""No weight and no number of an image is as large."""
 LIMITS = {"n": (1, 2**20), "seed": (0, 2**20 - 1), "evaluations": (1, 1000)}
 
 
@@ -55,7 +58,7 @@ def check_numbers(whole: Mapping[str, Any], guidance: Any) -> list[str]:
     faults = []
     for name, value in whole.items():
         low, high = LIMITS[name]
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
             faults.append(f"{name} is {value!r}; legal is a whole number from {low} to {high}")
     if not _is_number(guidance) or not 0 <= guidance <= 20:
         faults.append(f"guidance is {guidance!r}; legal is a number from 0 to 20")
@@ -71,16 +74,18 @@ def check_wanted(card: Card, asked: Mapping[str, Any]) -> tuple[dict[str, float]
         if name == "target_error" and "target_accuracy" in known and _is_number(value):
             name, value = "target_accuracy", 1 - value
         if name not in known:
-            faults.append(f"{name} is no condition of this generator; it knows {', '.join(known)}")
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; nearest: {near[0]}" if near else ""
+            faults.append(f"{name} is no condition of this generator; it knows {', '.join(known)}{hint}")
         elif name in CODES:
             if value in CODES[name]:
                 wanted[name] = float(CODES[name].index(value))
             else:
                 faults.append(f"{name} is {value!r}; legal: {', '.join(CODES[name])}")
-        elif not _is_number(value) or not 0 < value < 1e6:
-            faults.append(f"{name} is {value!r}; legal is a number above 0")
+        elif not _is_number(value) or not 0 <= value < 1e6:
+            faults.append(f"{name} is {value!r}; legal is a number from 0 on")
         elif name.endswith("_accuracy") and value > 1:
-            faults.append(f"{name} is {value!r}; legal is a share above 0 and up to 1")
+            faults.append(f"{name} is {value!r}; legal is a share from 0 to 1")
         elif name in wanted:
             faults.append(f"{name} is asked for twice")
         else:
@@ -126,6 +131,8 @@ def check_starts(starts: Any, spec: WeightSpec, n: int) -> Tensor:
     """
     if isinstance(starts, str):
         raise MoleError(f"starts is {starts!r}; legal is 'fresh', 'none', weights ({n}, {spec.size}), or networks")
+    if isinstance(starts, nn.Module | Mapping):
+        starts = [starts]
     if isinstance(starts, Sequence):
         states = [start.state_dict() if isinstance(start, nn.Module) else start for start in starts]
         for number, state in enumerate(states):
@@ -136,10 +143,13 @@ def check_starts(starts: Any, spec: WeightSpec, n: int) -> Tensor:
             except MoleError as error:
                 raise MoleError(f"starts[{number}]: {error}") from None
         starts = torch.stack([spec.flatten(state) for state in states]) if states else torch.empty(0, spec.size)
-    if not isinstance(starts, Tensor) or starts.shape != (n, spec.size) or not starts.isfinite().all():
-        found = tuple(starts.shape) if isinstance(starts, Tensor) else type(starts).__name__
-        raise MoleError(f"starts: found {found}; legal is a tensor ({n}, {spec.size}), all finite")
-    return starts.detach().float().cpu()
+    if not isinstance(starts, Tensor) or starts.shape != (n, spec.size) or starts.is_complex():
+        found = f"{tuple(starts.shape)} {starts.dtype}" if isinstance(starts, Tensor) else type(starts).__name__
+        raise MoleError(f"starts: found {found}; legal is a tensor ({n}, {spec.size}) of real numbers, or networks")
+    plain = starts.detach().float().cpu()
+    if not bool((plain.abs() < LARGEST).all()):
+        raise MoleError(f"starts: some weights are NaN or {LARGEST:g} and above; legal is finite ones")
+    return plain
 
 
 def check_support(card: Card, support: Any, n: int, task: Task) -> Support | None:
@@ -157,12 +167,13 @@ def check_support(card: Card, support: Any, n: int, task: Task) -> Support | Non
             )
         return None
     if not card.denoiser.data:
-        raise MoleError("support: this generator was not trained to read data; legal is generator.data: true")
+        raise MoleError("support: this generator reads no data; those of sub-tasks do (configs/tasks.yaml)")
     try:
         images, labels = (torch.as_tensor(part) for part in support)
     except (TypeError, ValueError) as error:
         raise MoleError(f"support: {error}; legal is a pair of images (K, M) and labels (K,)") from None
-    if images.ndim not in (2, 3) or labels.shape != images.shape[:-1] or images.shape[-1] != numbers:
+    wrong_shape = images.ndim not in (2, 3) or labels.shape != images.shape[:-1] or images.shape[-1] != numbers
+    if wrong_shape or not labels.numel() or images.is_complex():
         raise MoleError(
             f"support: images {tuple(images.shape)} and labels {tuple(labels.shape)}; legal is (K, "
             f"{numbers}) and (K,), or ({n}, K, {numbers}) and ({n}, K)"
@@ -173,6 +184,6 @@ def check_support(card: Card, support: Any, n: int, task: Task) -> Support | Non
         raise MoleError(f"support: labels {wrong or labels.dtype}; legal is whole numbers from 0 to {classes - 1}")
     if images.ndim == 3 and len(images) != n:
         raise MoleError(f"support: of {len(images)} networks, but {n} are asked for")
-    if not images.isfinite().all():
-        raise MoleError("support: some numbers of the images are not finite")
+    if not bool((images.float().abs() < LARGEST).all()):
+        raise MoleError(f"support: some numbers of the images are not finite, or {LARGEST:g} and above")
     return images.float().expand(n, -1, -1), labels.long().expand(n, -1)

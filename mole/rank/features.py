@@ -4,8 +4,8 @@ Dimensions: n examples, D features, C outputs.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mole.errors import MoleError
 
 LAST_HIDDEN = "last hidden"
-"""What the last linear or convolutional layer reads."""
+"""What the linear or convolutional layer reads that runs last."""
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -29,6 +29,16 @@ class Seen:
     """(n, C) float32 on the CPU."""
 
 
+@dataclass
+class _Catch:
+    """Outputs of one layer, in parts."""
+
+    last: bool = False
+    """Whether a later call within one batch takes the place of an earlier one."""
+    now: Tensor | None = None
+    parts: list[Tensor] = field(default_factory=list)
+
+
 @torch.no_grad()
 def see(
     network: nn.Module,
@@ -37,50 +47,66 @@ def see(
     *,
     device: torch.device | str = "cpu",
     widest: int = 2**14,
+    skip: bool = False,
 ) -> Seen:
     """Run a network over the data and keep the outputs of some layers, flattened.
 
     Args:
-        network: any module; it is left on `device`, in evaluation mode.
+        network: any module; it is left on `device`, in evaluation mode while it runs.
         batches: inputs (b, ...) in parts.
         layers: names as in `named_modules`, places among the layers that compute (negative ones from the end), or
             `"last hidden"`.
         device: where to run.
         widest: layers with more features per example are averaged over their positions, and beyond that refused.
+        skip: leave out layers that are not run or give no row per example, instead of refusing.
 
     Raises:
-        MoleError: a layer is not there (the nearest names are given), gives no tensor, or gives NaN; or the network
-            does not take the data (both shapes are given).
+        MoleError: a layer is not there (the nearest names are given), is not run, gives no tensor, no row per
+            example, or NaN; or the network does not take the data (both shapes are given).
     """
-    places = {layer: find_layer(network, layer) for layer in layers}
-    caught: dict[str, list[Tensor]] = {str(layer): [] for layer in layers}
+    caught: dict[str, _Catch] = {}
+    hooks: list[Any] = []
+    for layer in layers:
+        caught[str(layer)] = catch = _Catch(last=layer == LAST_HIDDEN)
+        hooks += _hooks(network, layer, catch, widest)
     outputs: list[Tensor] = []
-    hooks = [_hook(network, name, caught[str(layer)], before, widest) for layer, (name, before) in places.items()]
     was = network.training
     network.eval().to(device)
     try:
         for batch in batches:
-            before = {layer: len(parts) for layer, parts in caught.items()}
-            try:
-                found = network(batch.to(device))
-            except (RuntimeError, ValueError, IndexError) as error:
-                raise MoleError(
-                    f"{type(network).__name__} does not take {tuple(batch.shape)}: {str(error).splitlines()[0]}"
-                ) from None
-            for layer, parts in caught.items():
-                if len(parts) == before[layer]:
-                    raise MoleError(f"layer {layer} was not run")
-                del parts[before[layer] + 1 :]  # a layer that runs twice counts once
-            outputs.append(tensor_of(found).flatten(1).float().cpu())
+            outputs.append(_run(network, batch.to(device)))
+            for layer, catch in caught.items():
+                if catch.now is not None and len(catch.now) == len(batch):
+                    catch.parts.append(catch.now)
+                elif not skip:
+                    rows = (
+                        "was not run" if catch.now is None else f"gives {len(catch.now)} rows for {len(batch)} inputs"
+                    )
+                    raise MoleError(f"layer {layer} {rows}")
+                catch.now = None
     finally:
         for hook in hooks:
             hook.remove()
         network.train(was)
-    seen = Seen({layer: torch.cat(parts) for layer, parts in caught.items()}, torch.cat(outputs))
-    for layer, features in seen.features.items():
-        if not features.isfinite().all():
-            raise MoleError(f"layer {layer} is NaN or infinite for {int((~features.isfinite().all(1)).sum())} examples")
+    found = torch.cat(outputs)
+    whole = {layer: torch.cat(catch.parts) for layer, catch in caught.items() if catch.parts}
+    seen = Seen({layer: x for layer, x in whole.items() if len(x) == len(found)}, found)
+    for what, values in {**{f"layer {layer}": x for layer, x in seen.features.items()}, "output": found}.items():
+        if not values.isfinite().all():
+            raise MoleError(f"{what} is NaN or infinite for {int((~values.isfinite().all(1)).sum())} examples")
     return seen
+
+
+def _run(network: nn.Module, batch: Tensor) -> Tensor:
+    """Outputs (b, C) on the CPU."""
+    try:
+        found = tensor_of(network(batch))
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        kind, shape = type(network).__name__, tuple(batch.shape)
+        raise MoleError(f"{kind} does not take {shape}: {str(error).splitlines()[0]}") from None
+    if found.ndim == 0 or len(found) != len(batch):
+        raise MoleError(f"the output {tuple(found.shape)} has no row for each of {len(batch)} inputs")
+    return found.flatten(1).float().cpu() if found.ndim > 1 else found[:, None].float().cpu()
 
 
 def tensor_of(found: Any) -> Tensor:
@@ -105,55 +131,55 @@ def layer_names(network: nn.Module) -> list[str]:
     return [name for name, module in network.named_modules() if name and not list(module.children())]
 
 
-def find_layer(network: nn.Module, layer: str | int) -> tuple[str, bool]:
-    """Name of a module, and whether its input is meant.
+def find_layer(network: nn.Module, layer: str | int) -> str:
+    """Name of a module.
 
     Raises:
         MoleError: there is none of that name; the nearest names are given.
     """
-    leaves, everything = layer_names(network), dict(network.named_modules())
-    kind = type(network).__name__
-    if layer == LAST_HIDDEN:
-        weighted = [
-            name for name in leaves if isinstance(everything[name], nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        ]
-        if not weighted and not isinstance(network, nn.Linear):
-            raise MoleError(f"{kind} has no linear layer to take features from; name a layer: {', '.join(leaves[-5:])}")
-        return weighted[-1] if weighted else "", True
+    leaves, everything, kind = layer_names(network), dict(network.named_modules()), type(network).__name__
     if isinstance(layer, int):
         if not -len(leaves) <= layer < len(leaves):
-            raise MoleError(
-                f"layer {layer}: {kind} has {len(leaves)} layers; legal is {-len(leaves)} to {len(leaves) - 1}"
-            )
-        return leaves[layer], False
+            raise MoleError(f"no layer {layer} in {kind}, which has {len(leaves)}; legal is {-len(leaves)} and above")
+        return leaves[layer]
     if layer not in everything:
         near = difflib.get_close_matches(layer, everything, n=3, cutoff=0.3) or leaves[-3:]
-        raise MoleError(f"layer {layer!r} is not in {kind}; nearest: {', '.join(near)}; or 'last hidden', or a place")
-    return layer, False
+        raise MoleError(f"no layer {layer!r} in {kind}; nearest: {', '.join(near)}; or 'last hidden', or a place")
+    return layer
 
 
-def _hook(network: nn.Module, name: str, parts: list[Tensor], before: bool, widest: int) -> Any:
-    def keep(found: Any) -> None:
-        features = tensor_of(found)
-        if features[0].numel() > widest and features.ndim > 2:  # channels first, or tokens by channels
-            features = features.flatten(2).mean(2) if features.ndim > 3 else features.mean(1)
-        if features[0].numel() > widest:
-            raise MoleError(f"layer {name} has {features[0].numel():,} features; legal is at most {widest:,}")
-        parts.append(features.flatten(1).float().cpu())
+def _hooks(network: nn.Module, layer: str | int, catch: _Catch, widest: int) -> list[Any]:
+    if layer != LAST_HIDDEN:
+        name = find_layer(network, layer)
+        module = network.get_submodule(name)
+        return [module.register_forward_hook(lambda _, __, found: _keep(found, name, catch, widest))]
+    weighted = [module for module in network.modules() if isinstance(module, WEIGHTED)]
+    if not weighted:
+        raise MoleError(
+            f"no layer of {type(network).__name__} is linear, to take features from what it reads; name one"
+        )
 
-    module = network.get_submodule(name)
-    if before:
-        return module.register_forward_pre_hook(lambda _, inputs: keep(inputs))
-    return module.register_forward_hook(lambda _, __, found: keep(found))
+    def read(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        _keep(inputs, LAST_HIDDEN, catch, widest)
+
+    hook: Callable[[nn.Module, tuple[Any, ...]], None] = read
+    return [module.register_forward_pre_hook(hook) for module in weighted]
 
 
-def hidden_features(network: nn.Module, images: Tensor) -> Tensor:
-    """Inputs of the last linear or convolutional layer, (n, D): the last hidden layer's outputs.
-
-    Raises:
-        MoleError: the network has no such layer.
-    """
-    return see(network, [images]).features[LAST_HIDDEN]
+def _keep(found: Any, name: str, catch: _Catch, widest: int) -> None:
+    if catch.now is not None and not catch.last:
+        return  # a layer that runs twice counts once
+    features = tensor_of(found)
+    if features.ndim == 0 or not len(features):
+        return
+    if features.ndim > 2 and features[0].numel() > widest:  # channels first, or tokens by channels
+        features = features.flatten(2).mean(2) if features.ndim > 3 else features.mean(1)
+    if features[0].numel() > widest:
+        if catch.last:
+            return
+        raise MoleError(f"layer {name} has {features[0].numel():,} features; legal is at most {widest:,}")
+    # a copy, because a layer after it may work in place
+    catch.now = features.detach().reshape(len(features), -1).to("cpu", torch.float32, copy=True)
 
 
 def principal_components(features: Tensor, count: int) -> Tensor:

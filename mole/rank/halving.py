@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mole.errors import MoleError
 from mole.rank.features import LAST_HIDDEN, see
-from mole.rank.leaderboard import Candidate, Data, check_request, evidence_of, listed
+from mole.rank.request import Candidate, Data, check_request, evidence_of, listed
+from mole.rank.scoring import scored
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ def successive_halving(
     first = count // 2 ** (rounds - 1)
     if rounds < 1 or first < 3:
         raise MoleError(f"rounds is {rounds}; legal for {count} examples is 1 to {max(1, (count // 3).bit_length())}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = _mixed(labels, count, seed)
     left = {candidate.name: candidate for candidate in candidates}
-    features, outputs = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    features, outputs = dict[str, Tensor](), dict[str, Tensor]()
     failed, done = dict[str, str](), list[str]()
     low = 0
     for turn in range(rounds):
@@ -75,11 +76,27 @@ def successive_halving(
                 features[name] = torch.cat([*([features[name]] if low else []), seen.features[str(layer)]])
                 outputs[name] = torch.cat([*([outputs[name]] if low else []), seen.outputs])
                 told = None if labels is None else labels[order[:high]]
-                scores[name] = chosen(evidence_of(features[name], outputs[name], told, seed))
+                values, reasons = scored([chosen], evidence_of(features[name], outputs[name], told, seed))
+                if reasons:
+                    raise MoleError("; ".join(reasons))
+                scores[name] = values[scorer]
             except Exception as error:  # one network is not the end of the others
                 failed[name] = str(error)
+        if not scores:
+            why = failed[next(iter(left))]
+            raise MoleError(f"round {turn + 1}, {high} examples: no network could be scored ({why})")
         ranked = sorted(scores, key=lambda name: -scores[name])
         kept = ranked if turn == rounds - 1 else ranked[: (len(ranked) + 1) // 2]
         done = [name for name in ranked if name not in kept] + done
         left, low = {name: left[name] for name in kept}, high
     return Halving([*left, *done], total, total / (count * len(candidates)), failed)
+
+
+def _mixed(labels: Tensor | None, count: int, seed: int) -> Tensor:
+    """Random order of the examples in which every class comes evenly: (n,)."""
+    place = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if labels is not None and not labels.is_floating_point():
+        for label in labels.unique():
+            own = (labels == label).nonzero()[:, 0]
+            place[own] = (place[own].argsort().argsort() + place[own]) / len(own)
+    return place.argsort()

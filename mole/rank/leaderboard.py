@@ -1,63 +1,29 @@
 """Which of these networks suits my data? A table of scores, one row per network.
 
-Dimensions: n examples, N networks.
+Dimensions: n examples, N networks, R halves of the examples.
 """
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mole.errors import MoleError
 from mole.rank.agreement import mean_rank
-from mole.rank.features import LAST_HIDDEN, layer_names, see
-from mole.rank.scorers import Evidence, Scorer, find_scorers
-
-Data = tuple[Tensor, Tensor | None]
-"""Inputs (n, ...), and labels (n,) int64, numbers to be told (n,) or (n, T), or nothing."""
+from mole.rank.features import LAST_HIDDEN, see
+from mole.rank.kept import Finished, Row, data_digest, network_digest
+from mole.rank.request import ENSEMBLE, Candidate, Data, check_request, evidence_of, listed
+from mole.rank.scorers import Scorer
+from mole.rank.scoring import halves, resampled, scored
 
 Progress = Callable[[int], None]
 """Told the networks done."""
-
-LABELLED = ("neuralrank", "silhouette", "class_mean", "h_score_shrunk", "knn", "logme")
-UNLABELLED = ("mutual_information", "coding_rate", "kmeans", "confidence")
-TARGETS = ("ridge", "logme")
-ENSEMBLE = "mean_rank"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A network to be ranked."""
-
-    name: str
-    load: Callable[[], nn.Module]
-    provenance: dict[str, Any] = field(default_factory=dict)
-    """Plain values: where it came from."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is known of one network."""
-
-    name: str
-    scores: dict[str, float]
-    """By scorer; one that could not be had is not there."""
-    reason: str
-    """Why scores are missing; empty if none are."""
-    seconds: float
-    digest: str
-    """SHA-256 of the weights; empty where they could not be loaded."""
-    provenance: dict[str, Any]
-    resampled: list[float] = field(default_factory=list)
-    """Scores of the first scorer on bootstrap samples of the examples, the same samples for every network."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +38,8 @@ class Leaderboard:
         """Rows in order; with the mean rank beside, where there are several scorers."""
         rows = list(rows)
         if len(scorers) > 1:
-            table = torch.tensor([[row.scores.get(name, float("nan")) for row in rows] for name in scorers])
+            table = torch.tensor([[row.scores.get(name, float("nan")) for row in rows] for name in scorers],
+                                 dtype=torch.float64)  # fmt: skip
             ensemble = mean_rank(table).tolist()
             rows = [replace(row, scores={**row.scores, ENSEMBLE: value}) if row.scores else row
                     for row, value in zip(rows, ensemble, strict=True)]  # fmt: skip
@@ -87,15 +54,41 @@ class Leaderboard:
         """Names of the scorers in the table."""
         return list(dict.fromkeys(name for row in self.rows for name in row.scores))
 
-    def best_probability(self) -> dict[str, float]:
-        """By network, the share of bootstrap samples in which it is the best; ties are shared."""
-        rows = [row for row in self.rows if row.resampled]
+    @cached_property
+    def resampled(self) -> dict[str, Tensor]:
+        """By network, its scores by `by` on random halves of the examples, (R,)."""
+        if self.by != ENSEMBLE:
+            return {row.name: torch.tensor(row.resampled[self.by], dtype=torch.float64)
+                    for row in self.rows if self.by in row.resampled}  # fmt: skip
+        names = list(dict.fromkeys(name for row in self.rows for name in row.resampled))
+        rows = [row for row in self.rows if row.resampled and set(names) <= set(row.resampled)]
         if not rows:
             return {}
-        table = torch.tensor([row.resampled for row in rows])  # (N, R)
+        table = torch.tensor(
+            [[row.resampled[name] for row in rows] for name in names], dtype=torch.float64
+        )  # (S, N, R)
+        ranks = torch.stack([mean_rank(table[:, :, part]) for part in range(table.shape[2])], 1)  # (N, R)
+        return {row.name: found for row, found in zip(rows, ranks, strict=True)}
+
+    def best_probability(self) -> dict[str, float]:
+        """By network, the share of random halves on which it is the best; ties are shared."""
+        if not self.resampled:
+            return {}
+        table = torch.stack(list(self.resampled.values()))  # (N, R)
         best = (table == table.max(0).values).double()
-        shares = (best / best.sum(0)).mean(1)
-        return {row.name: float(share) for row, share in zip(rows, shares, strict=True)}
+        return dict(zip(self.resampled, (best / best.sum(0)).mean(1).tolist(), strict=True))
+
+    def interval(self, row: Row) -> tuple[float, float] | None:
+        """Where the score would lie for other examples, with 90 %: the spread over random halves about the score.
+
+        Scores of halves without repetition vary about as much as those of other samples of full size (Politis & Romano
+        1994); their level may differ, so they are moved to the score.
+        """
+        if row.name not in self.resampled or self.by not in row.scores:
+            return None
+        found = self.resampled[row.name]
+        low, high = (found - found.mean()).quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
+        return row.scores[self.by] + low, row.scores[self.by] + high
 
     def records(self) -> list[dict[str, Any]]:
         """One flat dictionary per network, the columns of every table."""
@@ -104,10 +97,8 @@ class Leaderboard:
             record: dict[str, Any] = {"rank": place if self.by in row.scores else None, "name": row.name}
             record |= {name: row.scores.get(name) for name in self.scorers}
             if chance:
-                ends = torch.tensor(row.resampled).quantile(torch.tensor([0.05, 0.95])) if row.resampled else None
-                record |= {"low": None if ends is None else float(ends[0])}
-                record |= {"high": None if ends is None else float(ends[1])}
-                record |= {"best_probability": chance.get(row.name)}
+                low, high = self.interval(row) or (None, None)
+                record |= {"low": low, "high": high, "best_probability": chance.get(row.name)}
             record |= {"seconds": row.seconds, "reason": row.reason, "digest": row.digest}
             found.append(record | {"provenance": json.dumps(row.provenance, sort_keys=True)})
         return found
@@ -119,7 +110,7 @@ def leaderboard(
     *,
     scorers: Sequence[str] | None = None,
     layer: str | int = LAST_HIDDEN,
-    lacking: str = "row",
+    lacking: Literal["row", "error"] = "row",
     bootstrap: int = 0,
     batch_size: int = 512,
     device: torch.device | str = "cpu",
@@ -136,7 +127,7 @@ def leaderboard(
             may be named first.
         layer: whose outputs are read, by name or place, or what the last layer reads.
         lacking: what a network without that layer is: a `row` with its reason, or an `error` that names all of them.
-        bootstrap: samples of the examples, for intervals and the probability of being best.
+        bootstrap: random halves of the examples, for intervals and the probability of being best.
         batch_size: inputs at once.
         device: where networks run.
         seed: of what scorers draw, and of the bootstrap.
@@ -148,121 +139,41 @@ def leaderboard(
             for, a layer is lacking.
     """
     chosen, candidates = check_request(scorers, data), listed(networks)
-    settings = json.dumps([[s.name for s in chosen], str(layer), bootstrap, seed, _digest(data)])
-    finished, rows = _Finished(kept, settings), list[Row]()
+    if lacking not in ("row", "error") or bootstrap < 0:
+        raise MoleError(f"lacking is {lacking!r}, bootstrap {bootstrap}; legal is row or error, and 0 or more")
+    settings = json.dumps([[s.name for s in chosen], str(layer), bootstrap, seed, data_digest(data)])
+    finished, rows, parts = Finished(kept, settings), list[Row](), halves(data, bootstrap, seed)
     for done, candidate in enumerate(candidates, 1):
-        rows.append(_row(candidate, data, chosen, layer, bootstrap, batch_size, device, seed, finished))
+        rows.append(_row(candidate, data, chosen, layer, parts, batch_size, device, seed, finished))
         progress(done)
-    without = [row.name for row in rows if row.reason.startswith("layer ")]
+    without = [row.name for row in rows if row.reason.startswith("no layer ")]
     if lacking == "error" and without:
         raise MoleError(f"layer {layer!r} is not in {', '.join(without)}; legal is a layer of all, or lacking='row'")
     by = ENSEMBLE if scorers and scorers[0] == ENSEMBLE and len(chosen) > 1 else chosen[0].name
     return Leaderboard.of(_marked(rows), [s.name for s in chosen], by)
 
 
-def check_request(names: Sequence[str] | None, data: Data) -> list[Scorer]:
-    """The scorers that are asked for, or a good choice.
-
-    Raises:
-        MoleError: one is not known or cannot be had with these labels, or labels and inputs do not fit.
-    """
-    inputs, labels = data
-    if labels is not None and len(labels) != len(inputs):
-        raise MoleError(f"{len(inputs)} inputs and {len(labels)} labels; legal is one label per input")
-    if len(inputs) < 3:
-        raise MoleError(f"{len(inputs)} inputs; legal is 3 or more")
-    if names is None:
-        names = UNLABELLED if labels is None else TARGETS if labels.is_floating_point() else LABELLED
-    chosen = find_scorers([name for name in names if name != ENSEMBLE])
-    if not chosen:
-        raise MoleError(f"scorers: {ENSEMBLE} needs others to take the mean of")
-    has = evidence_of(torch.zeros(len(inputs), 1), torch.zeros(len(inputs), 1), labels, 0).has()
-    unfit = [s.name for s in chosen if set(s.needs) - has - {"own classes"}]
-    if unfit:
-        kind = "none" if labels is None else "numbers" if labels.is_floating_point() else "classes"
-        raise MoleError(f"{', '.join(unfit)} cannot be had with these labels ({kind})")
-    if labels is not None and not labels.is_floating_point() and len(labels.unique()) < 2:
-        raise MoleError(f"labels are all {int(labels[0])}; legal is two classes or more")
-    return chosen
-
-
-def listed(networks: Iterable[Candidate] | Mapping[str, nn.Module]) -> list[Candidate]:
-    """Networks as candidates.
-
-    Raises:
-        MoleError: there are none.
-    """
-    if isinstance(networks, Mapping):
-        found = [Candidate(str(name), partial(_itself, network)) for name, network in networks.items()]
-    else:
-        found = list(networks)
-    if not found:
-        raise MoleError("there are no networks to rank")
-    return found
-
-
-def _itself(network: nn.Module) -> nn.Module:
-    return network
-
-
-def evidence_of(features: Tensor, outputs: Tensor, labels: Tensor | None, seed: int) -> Evidence:
-    """What scorers are given: labels are classes where they are whole numbers, else targets."""
-    if labels is not None and labels.is_floating_point():
-        return Evidence(features, outputs, targets=labels, seed=seed)
-    return Evidence(features, outputs, classes=None if labels is None else labels.long(), seed=seed)
-
-
 def _row(
-    candidate: Candidate, data: Data, scorers: Sequence[Scorer], layer: str | int, bootstrap: int, batch_size: int,
-    device: torch.device | str, seed: int, finished: "_Finished",
+    candidate: Candidate, data: Data, scorers: Sequence[Scorer], layer: str | int, parts: Sequence[Tensor],
+    batch_size: int, device: torch.device | str, seed: int, finished: Finished,
 ) -> Row:  # fmt: skip
     began, digest = time.perf_counter(), ""
     try:
         network = candidate.load()
-        digest = _weights_digest(network)
+        digest = network_digest(network)
         if (known := finished.row(candidate.name, digest)) is not None:
             return known
         seen = see(network, data[0].split(batch_size), [layer], device=device)
         evidence = evidence_of(seen.features[str(layer)], seen.outputs, data[1], seed)
-        scores, reasons = _scored(scorers, evidence)
-        resampled = _resampled(scorers[0], evidence, bootstrap, seed) if scorers[0].name in scores else []
+        scores, reasons = scored(scorers, evidence)
+        again = resampled(scorers, evidence, parts)
     except Exception as error:  # whatever is wrong with one network is not the end of the others
-        scores, resampled = {}, []
+        scores, again = {}, {}
         reasons = [str(error) if isinstance(error, MoleError) else f"{type(error).__name__}: {error}"]
     reason = "; ".join(reasons)
-    row = Row(candidate.name, scores, reason, time.perf_counter() - began, digest, candidate.provenance, resampled)
-    if digest:
-        finished.add(row)
+    row = Row(candidate.name, scores, reason, time.perf_counter() - began, digest, candidate.provenance, again)
+    finished.add(row)
     return row
-
-
-def _scored(scorers: Sequence[Scorer], evidence: Evidence) -> tuple[dict[str, float], list[str]]:
-    scores, reasons = dict[str, float](), list[str]()
-    if not bool((evidence.x != evidence.x[0]).any()):
-        return scores, ["features are the same for every example"]
-    for scorer in scorers:
-        try:
-            value = scorer(evidence)
-        except (MoleError, ValueError, RuntimeError) as error:
-            reasons.append(f"{scorer.name}: {error}")
-            continue
-        if value == value and abs(value) != float("inf"):
-            scores[scorer.name] = value
-        else:
-            reasons.append(f"{scorer.name}: {value}")
-    return scores, reasons
-
-
-def _resampled(scorer: Scorer, evidence: Evidence, count: int, seed: int) -> list[float]:
-    generator, found = torch.Generator().manual_seed(seed), []
-    size = len(evidence.features)
-    for _ in range(count):
-        index = torch.randint(size, (size,), generator=generator)
-        try:
-            found.append(scorer(evidence.rows(index)))
-        except (MoleError, ValueError):  # a class that was not drawn
-            found.append(float("-inf"))
-    return found
 
 
 def _marked(rows: list[Row]) -> list[Row]:
@@ -275,61 +186,3 @@ def _marked(rows: list[Row]) -> list[Row]:
         first.setdefault(row.digest, row.name)
         marked.append(row)
     return marked
-
-
-class _Finished:
-    """Rows on disk, from which an interrupted ranking goes on."""
-
-    def __init__(self, path: Path | None, settings: str) -> None:
-        self.path, self.rows = path, dict[tuple[str, str], Row]()
-        self.settings = hashlib.sha256(settings.encode()).hexdigest()
-        for line in path.read_text().splitlines() if path is not None and path.is_file() else []:
-            try:
-                values = json.loads(line)
-                if values.pop("settings") == self.settings:
-                    row = Row(**values)
-                    self.rows[row.name, row.digest] = row
-            except (ValueError, TypeError, KeyError, AttributeError):
-                continue  # cut off when the last ranking was killed, or not ours
-
-    def row(self, name: str, digest: str) -> Row | None:
-        return self.rows.get((name, digest))
-
-    def add(self, row: Row) -> None:
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps({**asdict(row), "settings": self.settings}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _weights_digest(network: nn.Module) -> str:
-    found = hashlib.sha256(type(network).__name__.encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def _digest(data: Data) -> str:
-    found = hashlib.sha256()
-    for tensor in data:
-        if tensor is not None:
-            found.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-            found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def layer_scores(
-    network: nn.Module, data: Data, scorer: str = "neuralrank", *, batch_size: int = 512
-) -> dict[str, float]:
-    """Score of every layer in one pass over the data, the inputs first: where in a network do classes come apart?
-
-    The contrast that Desai et al. look for is that of the last hidden layer with the inputs.
-    """
-    (found,) = find_scorers([scorer])
-    seen = see(network, data[0].split(batch_size), layer_names(network))
-    layers = {"input": data[0].flatten(1), **seen.features}
-    return {name: found(evidence_of(x, seen.outputs, data[1], 0)) for name, x in layers.items()}

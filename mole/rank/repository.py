@@ -16,7 +16,7 @@ from mole.checkpoints import Zoo
 from mole.checkpoints.layouts import variants
 from mole.config import TaskConfig
 from mole.errors import CorruptFileError, MoleError
-from mole.rank.leaderboard import Candidate
+from mole.rank.request import Candidate
 from mole.tasks import Architecture, load_task
 
 Factory = Callable[[], nn.Module]
@@ -86,18 +86,30 @@ def _origins(folder: Path) -> dict[str, dict[str, Any]]:
     for root in (folder, folder.parent):
         path = root / "provenance" / "ledger.jsonl"
         if path.is_file():
-            records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-            return {Path(r["file"]).name: r for r in records if r.get("type") == "network" and "file" in r}
+            records = [record for line in path.read_text(errors="replace").splitlines() if (record := _record(line))]
+            return {Path(record["file"]).name: record for record in records}
     return {}
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """A line of the ledger that is about a network in a file."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # damaged: what it was about is not known
+        return None
+    about = isinstance(record, dict) and record.get("type") == "network" and isinstance(record.get("file"), str)
+    return record if about else None
 
 
 def _of_file(file: Path, folder: Path, origin: dict[str, Any], factory: Factory | None) -> Candidate:
     name = file.relative_to(folder)
     known = {key: origin[key] for key in ("generator", "zoo", "prompt") if key in origin}
-    return Candidate(str(name.with_suffix("")), partial(_load, file, origin, factory), {"file": str(name), **known})
+    return Candidate(str(name.with_suffix("")), partial(_load, file, origin, factory), {"file": str(file), **known})
 
 
 def _load(file: Path, origin: dict[str, Any], factory: Factory | None) -> nn.Module:
+    if factory is None and "architecture" not in origin:
+        raise MoleError(f"{file}: the ledger does not say of what network it is; give a factory")
     try:
         make = factory or partial(Architecture.model_validate(origin["architecture"]).build, 0)
         network = make()
@@ -118,7 +130,7 @@ def named(text: str) -> Callable[..., Any]:
     module, _, name = text.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever that module does
         raise MoleError(f"factory {text!r}: {error}; legal is module:function") from None
     if not callable(found):
         raise MoleError(f"factory {text!r} is {type(found).__name__}; legal is a function that returns a network")

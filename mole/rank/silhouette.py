@@ -43,14 +43,22 @@ def silhouette_samples(
     features: Tensor, labels: Tensor, *, metric: Metric = "cosine", variant: Variant = "standard"
 ) -> Tensor:
     """The coefficient of every point, (n,) float64; see `silhouette`."""
-    if len(labels) != len(features):
-        raise ValueError(f"{len(features)} points and {len(labels)} labels; legal is one label per point")
-    finite = features.isfinite().all(1)
-    if not finite.all():
-        raise ValueError(f"{int((~finite).sum())} of {len(features)} points are NaN or infinite")
+    _check(features, labels)
+    if metric == "sqeuclidean":
+        features = features.double() - features.double().mean(0)  # far from the origin digits would be lost
     classes, member = labels.unique(return_inverse=True)
     sums = Sums.none(len(classes), features.shape[1], metric).add(features, member)
     return sums.scores(features, member, variant)
+
+
+def _check(features: Tensor, labels: Tensor) -> None:
+    if features.ndim != 2 or labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"{len(features)} points {tuple(features.shape)} and labels {tuple(labels.shape)}; legal is (n, D) and (n,)"
+        )
+    finite = features.isfinite().all(1)
+    if not finite.all():
+        raise ValueError(f"{int((~finite).sum())} of {len(features)} points are NaN or infinite")
 
 
 @dataclass(frozen=True)
@@ -133,12 +141,20 @@ def silhouette_of(
         classes: K.
         metric: of the distance.
     """
-    sums: Sums | None = None
+    sums, middle = Sums.none(classes, 0, metric), torch.zeros(0)
     for features, labels in batches():
-        sums = (sums or Sums.none(classes, features.shape[1], metric)).add(features, labels)
-    if sums is None:
-        raise ValueError("the silhouette needs at least two classes; found no points")
+        _check(features, labels)
+        if not bool(((labels >= 0) & (labels < classes)).all()):
+            raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())}; legal is 0 to {classes - 1}")
+        if not sums.vectors.shape[1]:
+            sums, middle = Sums.none(classes, features.shape[1], metric), features.double().mean(0)
+        sums = sums.add(features.double() - middle if metric == "sqeuclidean" else features, labels)
     total, count = 0.0, 0
     for features, labels in batches():
-        total, count = total + float(sums.scores(features, labels).sum()), count + len(labels)
+        points = features.double() - middle if metric == "sqeuclidean" else features
+        total, count = total + float(sums.scores(points, labels).sum()), count + len(labels)
+    if count != int(sums.sizes.sum()) or not count:
+        raise ValueError(
+            f"the first reading gave {int(sums.sizes.sum())} points, the second {count}; legal is the same"
+        )
     return total / count

@@ -15,6 +15,8 @@ from rich.table import Table
 from mole.files import replacing, write_text
 from mole.rank.leaderboard import Leaderboard
 
+COLUMNS = 3
+"""Scorers that a terminal shows beside the deciding one."""
 MOST = 60
 """Networks that a figure shows."""
 
@@ -43,15 +45,17 @@ def terminal(board: Leaderboard, most: int = 20) -> Table:
     """The first rows, and every row with a reason, as a table of rich."""
     table = Table(title=f"{len(board.rows)} networks by {board.by}")
     records = board.records()
-    names = ["rank", "name", *board.scorers]
+    others = [name for name in board.scorers if name != board.by]
+    names = ["rank", "name", board.by, *others[:COLUMNS]] if board.scorers else ["rank", "name"]
     names += [name for name in ("low", "high", "best_probability") if name in records[0]]
     for name in [*names, "reason"]:
         table.add_column(name, justify="left" if name in ("name", "reason") else "right")
     shown = [record for place, record in enumerate(records) if place < most or record["reason"]]
     for record in shown:
         table.add_row(*(_text(record[name]) for name in names), record["reason"])
-    if len(shown) < len(records):
-        table.caption = f"{len(records) - len(shown)} more"
+    left = [f"{len(records) - len(shown)} more networks"] if len(shown) < len(records) else []
+    left += [f"{', '.join(others[COLUMNS:])} with --out"] if len(others) > COLUMNS else []
+    table.caption = "; ".join(left) or None
     return table
 
 
@@ -67,12 +71,11 @@ def _figure(board: Leaderboard) -> Figure:
     axes, places = figure.add_subplot(), np.arange(len(rows))
     axes.plot([row.scores[board.by] for row in rows], places, "o", color="#0072B2", markersize=4)
     for place, row in zip(places, rows, strict=True):
-        if row.resampled and board.by in row.scores:
-            low, high = np.quantile(row.resampled, [0.05, 0.95])
-            axes.plot([low, high], [place, place], color="#0072B2", alpha=0.4, linewidth=2)
+        if (ends := board.interval(row)) is not None:
+            axes.plot(ends, [place, place], color="#0072B2", alpha=0.4, linewidth=2)
     axes.set_yticks(places, [row.name[-40:] for row in rows], fontsize=7)
     axes.invert_yaxis()
-    axes.set(xlabel=f"{board.by} (bars: 90 % of bootstrap samples)" if rows and rows[0].resampled else board.by)
+    axes.set(xlabel=f"{board.by} (bars: 90 % intervals)" if board.resampled else board.by)
     left = len(board.rows) - len(rows)
     axes.set_title(f"{len(rows)} best networks" + (f", {left} more" if left else ""), fontsize=10)
     return figure

@@ -2,10 +2,10 @@
 
 from itertools import pairwise
 from math import sqrt
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from mole.seeding import Seeded
@@ -25,7 +25,7 @@ class Architecture(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["mlp", "convnet", "policy"]
-    widths: list[int]
+    widths: Annotated[list[Annotated[int, Field(ge=1, le=2**16)]], Field(min_length=2, max_length=64)]
     """From input to output: numbers of an MLP or policy, channels of a convnet."""
     activation: str = "relu"
 

@@ -70,7 +70,7 @@ def test_one_failing_network_is_a_row_with_its_reason(data: tuple[Tensor, Tensor
     assert "does not take (40, 2)" in reasons["wide"] and "40x2 and 3x2" in reasons["wide"]
     assert reasons["nan"] == "layer last hidden is NaN or infinite for 40 examples"
     assert reasons["constant"] == "features are the same for every example"
-    assert "no linear layer" in reasons["none"]
+    assert "no layer of ReLU is linear" in reasons["none"]
     assert {row["rank"] for row in board.records() if row["reason"]} == {None}
 
 
@@ -81,13 +81,23 @@ def test_what_is_asked_for_wrongly_is_said_before_any_network_is_loaded(data: tu
         ((inputs, labels[:9]), {}, "40 inputs and 9 labels; legal is one label per input"),
         ((inputs, torch.zeros(40).long()), {}, "labels are all 0; legal is two classes or more"),
         ((inputs, None), {"scorers": ["knn"]}, r"knn cannot be had with these labels \(none\)"),
-        ((inputs, torch.rand(40)), {"scorers": ["knn"]}, r"knn cannot be had with these labels \(numbers\)"),
+        (
+            (inputs, torch.rand(40)),
+            {"scorers": ["knn"]},
+            r"knn cannot be had with these labels \(numbers; classes are whole",
+        ),
         (data, {"scorers": ["knm"]}, "no scorer knm; nearest: "),
         (data, {"scorers": ["mean_rank"]}, "mean_rank needs others"),
         ((inputs[:2], labels[:2]), {}, "2 inputs; legal is 3 or more"),
+        ((inputs, labels - 1), {}, "labels go down to -1; legal is 0 and above"),
+        ((inputs.numpy(), labels), {}, "data are ndarray, Tensor; legal is tensors"),
+        (data, {"lacking": "eror"}, "lacking is 'eror', bootstrap 0; legal is row or error"),
     ):
         with pytest.raises(MoleError, match=message):
             leaderboard(network, given, **settings)
+    twins = [Candidate("a", make), Candidate("a", make)]
+    with pytest.raises(MoleError, match="names of networks must differ; several are called a"):
+        leaderboard(twins, data)
     with pytest.raises(MoleError, match="there are no networks to rank"):
         leaderboard({}, data)
 
@@ -96,10 +106,10 @@ def test_a_layer_that_some_lack_is_a_row_or_an_error_that_names_them(data: tuple
     networks = {"short": nn.Sequential(nn.Linear(2, 2)), "long": axis_network(0)}
     board = leaderboard(networks, data, layer="2")
     assert [row.name for row in board.rows if row.scores] == ["long"]
-    assert "layer '2' is not in Sequential; nearest: 0" in board.rows[-1].reason
+    assert "no layer '2' in Sequential; nearest: 0" in board.rows[-1].reason
     with pytest.raises(MoleError, match="layer '2' is not in short; legal is a layer of all"):
         leaderboard(networks, data, layer="2", lacking="error")
-    with pytest.raises(MoleError, match="layer 7: Sequential has 3 layers; legal is -3 to 2"):
+    with pytest.raises(MoleError, match="no layer 7 in Sequential, which has 3; legal is -3 and above"):
         see(axis_network(0), [data[0]], [7])
 
 
@@ -128,7 +138,22 @@ def test_bootstrap_says_how_sure_the_order_is(data: tuple[Tensor, Tensor]) -> No
     board = leaderboard(networks, data, scorers=["silhouette"], bootstrap=20)
     assert board.best_probability() == {"class": 0.5, "again": 0.5, "noise": 0.0}
     record = board.records()[-1]
-    assert record["low"] <= record["silhouette"] + 0.1 and record["low"] <= record["high"]
+    assert record["low"] < record["silhouette"] < record["high"]
+    ensemble = leaderboard(networks, data, scorers=["mean_rank", "silhouette", "class_mean"], bootstrap=20)
+    assert ensemble.best_probability()["noise"] == 0 and set(ensemble.resampled) == set(networks)
+    for row in ensemble.rows:
+        low, high = ensemble.interval(row) or (1.0, 0.0)
+        assert low <= row.scores["mean_rank"] <= high
+
+
+def test_intervals_of_scorers_that_leave_one_out_hold_the_score() -> None:
+    """Random labels: resampled with repetition, an example would meet its copy."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(200, 8, generator=generator), torch.randint(3, (200,), generator=generator)
+    for name in ("knn", "class_mean", "ridge", "h_score_shrunk"):
+        board = leaderboard({"a": nn.Linear(8, 3)}, data, scorers=[name], bootstrap=20)
+        values = board.resampled["a"]
+        assert abs(values.mean() - board.rows[0].scores[name]) < 0.15, name
 
 
 def test_an_interrupted_ranking_goes_on(data: tuple[Tensor, Tensor], tmp_path: Path) -> None:
@@ -150,6 +175,19 @@ def test_an_interrupted_ranking_goes_on(data: tuple[Tensor, Tensor], tmp_path: P
     loads.clear()
     leaderboard(networks, data, scorers=["class_mean"], kept=kept)  # another question
     assert loads == ["a", "b"]
+    other = nn.Sequential(*networks[0].load().children())
+    other[1] = nn.Tanh()  # the same weights in another network
+    found = leaderboard([Candidate("a", lambda: other)], data, scorers=["knn"], kept=kept)
+    assert found.rows[0].digest != whole.rows[0].digest
+    kept.write_bytes(b"\xff\xfe torn")
+    assert leaderboard(networks, data, scorers=["knn"], kept=kept).rows[0].scores == whole.rows[0].scores
+    assert len(kept.read_text(errors="replace").splitlines()) == 3
+
+
+def test_a_failure_is_tried_again(data: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    networks = {"a": nn.Linear(3, 2)}
+    assert leaderboard(networks, data, kept=tmp_path / "rows.jsonl").rows[0].reason
+    assert not (tmp_path / "rows.jsonl").exists()
 
 
 def test_every_layer_is_scored_in_one_pass(data: tuple[Tensor, Tensor]) -> None:
@@ -208,7 +246,7 @@ def test_the_command_ranks_a_zoo_and_a_runs_samples(tiny_run: Path, tmp_path: Pa
     assert len(rows) == 64 + 8 and [row["rank"] for row in rows] == [str(place) for place in range(1, 73)]
     scores = [float(row["class_mean"]) for row in rows]
     assert scores == sorted(scores, reverse=True) and all(row["reason"] == "" for row in rows)
-    assert "generator" in json.loads(next(row for row in rows if row["name"] == "00000")["provenance"])
+    assert "generator" in json.loads(next(row for row in rows if row["name"].endswith("samples: 00000"))["provenance"])
     assert pq.read_table(tmp_path / "leaderboard.parquet").num_rows == 72
     assert (tmp_path / "leaderboard.png").read_bytes().startswith(b"\x89PNG") and "class_mean" in done.stdout
     kept = (tmp_path / "rows.jsonl").read_text()
@@ -216,10 +254,16 @@ def test_the_command_ranks_a_zoo_and_a_runs_samples(tiny_run: Path, tmp_path: Pa
     assert again.returncode == 0 and (tmp_path / "rows.jsonl").read_text() == kept
     np.savez(tmp_path / "own.npz", inputs=np.random.default_rng(0).normal(size=(20, 5)), labels=np.arange(20) % 2)
     wrong = run_command("rank", str(tiny_run / "samples"), "--data", str(tmp_path / "own.npz"))
-    assert wrong.returncode == 1 and "does not take" in wrong.stdout
+    assert wrong.returncode == 1 and "all 8 networks: Sequential does not take" in wrong.stderr
+    np.savez(tmp_path / "long.npz", inputs=np.ones((5, 2)), labels=np.arange(9))
+    np.savez(tmp_path / "objects.npz", inputs=np.array([None, 1]))
+    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04")
     for bad, message in (
         (["--data", "digit"], "--data digit; legal: digits, mnist"),
-        (["--data", "digits", "--labels", "99"], "none of"),
+        (["--data", "digits", "--labels", "0,x"], "--labels x; legal: 0, 1, 2"),
+        (["--data", str(tmp_path / "long.npz")], "5 inputs, labels (9,) int64; legal is an .npz"),
+        (["--data", str(tmp_path / "objects.npz")], "it holds objects; legal is an .npz"),
+        (["--data", str(tmp_path / "torn.npz")], "legal is an .npz"),
         (["--data", "digits", "--examples", "0"], "--examples is 0; legal is 3 or more"),
         (["--data", "digits", "--scorer", "knnn"], "no scorer knnn; nearest: knn"),
     ):  # fmt: skip
@@ -248,6 +292,12 @@ def test_halving_finds_the_best_at_a_fifth_of_the_evaluations() -> None:
     assert found.order[0] == whole.rows[0].name == "noise 0" and sorted(found.order) == sorted(networks)
     assert found.share == found.evaluations / (320 * 16) == pytest.approx(6 / 32)
     networks["broken"] = nn.Linear(3, 3)  # pyright: ignore
-    assert "does not take" in successive_halving(networks, data, scorer="silhouette").failed["broken"]
+    networks["constant"] = noisy_network(0)
+    with torch.no_grad():
+        networks["constant"][0].weight.zero_()  # pyright: ignore
+    failed = successive_halving(networks, data, scorer="silhouette").failed
+    assert "does not take" in failed["broken"] and failed["constant"] == "features are the same for every example"
+    with pytest.raises(MoleError, match=r"round 1, 5 examples: no network could be scored \(linear_probe"):
+        successive_halving({"a": noisy_network(0)}, (data[0][:80], labels[:80]), scorer="linear_probe")
     with pytest.raises(MoleError, match="rounds is 9; legal for 320 examples is 1 to 7"):
         successive_halving(networks, data, rounds=9)

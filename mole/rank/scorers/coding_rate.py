@@ -23,7 +23,8 @@ def _scaled(evidence: Evidence) -> Tensor:
 
 @scorer("transrate", needs=["classes"], source="Huang et al. 2022", cost="n D^2 + K D^3")
 def transrate(evidence: Evidence) -> float:
-    """Coding rate of all features less the mean of those of the classes."""
+    """Coding rate of all features less the mean of those of the classes, each class counting once, as in the authors'
+    listing."""
     x, classes = _scaled(evidence), evidence.one_hot.shape[1]
     return rate(x) - sum(rate(x[evidence.member == k]) for k in range(classes)) / classes
 

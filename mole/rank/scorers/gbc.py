@@ -14,7 +14,8 @@ def gbc(evidence: Evidence) -> float:
     x = principal_components(evidence.x, min(COMPONENTS, evidence.x.shape[1]))
     counts = evidence.one_hot.sum(0)
     means = evidence.one_hot.T @ x / counts[:, None]  # (K, D)
-    wide = evidence.one_hot.T @ (x - means[evidence.member]).square().mean(1) / counts + 1e-12  # (K,)
+    wide = evidence.one_hot.T @ (x - means[evidence.member]).square().mean(1) / counts  # (K,)
+    wide = wide + 1e-12 * x.square().mean().clamp_min(1e-300)
     middle = (wide[:, None] + wide) / 2
     apart = (means[:, None] - means).square().sum(-1) / (8 * middle)
     volume = 0.5 * x.shape[1] * (middle.log() - 0.5 * (wide.log()[:, None] + wide.log()))

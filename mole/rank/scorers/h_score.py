@@ -5,6 +5,7 @@ import torch
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 
+from mole.errors import MoleError
 from mole.rank.scorers.protocol import Evidence, centred, scorer
 
 
@@ -19,6 +20,8 @@ def _between(evidence: Evidence) -> Tensor:
 def h_score(evidence: Evidence) -> float:
     """Trace of the inverse covariance times that of the class means."""
     x = centred(evidence.x)
+    if len(x) <= x.shape[1] + evidence.one_hot.shape[1]:
+        raise MoleError(f"h_score needs more examples than features; found {len(x)} and {x.shape[1]}: h_score_shrunk")
     covariance = x.T @ x / len(x)
     return float(torch.trace(torch.linalg.pinv(covariance, hermitian=True, rtol=1e-9) @ _between(evidence)))
 

@@ -4,6 +4,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from mole.errors import MoleError
 from mole.rank.features import principal_components
 from mole.rank.scorers.protocol import Evidence, few, scorer
 
@@ -24,5 +25,6 @@ def parc(evidence: Evidence) -> float:
     x = principal_components(evidence.x, min(COMPONENTS, *evidence.x.shape))
     upper = torch.triu_indices(len(x), len(x), 1)
     one, other = (_apart(part)[upper[0], upper[1]] for part in (x, evidence.one_hot))
-    found = float(spearmanr(one.numpy(), other.numpy())[0])  # pyright: ignore
-    return 100 * found if found == found else 0.0
+    if min(one.std(), other.std()) < 1e-12:
+        raise MoleError("parc needs distances that differ")
+    return 100 * float(spearmanr(one.numpy(), other.numpy())[0])  # pyright: ignore

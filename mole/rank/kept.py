@@ -1,0 +1,82 @@
+"""Rows of a ranking on disk, from which an interrupted one goes on."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of one network."""
+
+    name: str
+    scores: dict[str, float]
+    """By scorer; one that could not be had is not there."""
+    reason: str
+    """Why scores are missing; empty if none are."""
+    seconds: float
+    digest: str
+    """SHA-256 of the network; empty where it could not be loaded."""
+    provenance: dict[str, Any]
+    resampled: dict[str, list[float]] = field(default_factory=dict)
+    """By scorer: scores on random halves of the examples, the same halves for every network."""
+
+
+class Finished:
+    """Rows on disk, from which an interrupted ranking goes on."""
+
+    def __init__(self, path: Path | None, settings: str) -> None:
+        self.path, self.rows = path, dict[tuple[str, str], Row]()
+        self.settings = hashlib.sha256(settings.encode()).hexdigest()
+        for line in _lines(path):
+            try:
+                values = json.loads(line)
+                if values.pop("settings") == self.settings:
+                    row = Row(**values)
+                    self.rows[row.name, row.digest] = row
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue  # cut off when the last ranking was killed, or not ours
+
+    def row(self, name: str, digest: str) -> Row | None:
+        """What an earlier session found of this network."""
+        return self.rows.get((name, digest))
+
+    def add(self, row: Row) -> None:
+        """Keep a row, on disk when this returns; one with a reason is tried again the next time."""
+        if self.path is None or row.reason:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
+        with self.path.open("a") as file:
+            file.write("\n" * torn + json.dumps({**asdict(row), "settings": self.settings}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _lines(path: Path | None) -> list[str]:
+    return path.read_text(errors="replace").splitlines() if path is not None and path.is_file() else []
+
+
+def network_digest(network: nn.Module) -> str:
+    """SHA-256 of a network's structure, as it prints itself, and of its weights."""
+    found = hashlib.sha256(repr(network).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def data_digest(data: tuple[Tensor, Tensor | None]) -> str:
+    """SHA-256 of inputs and labels."""
+    found = hashlib.sha256()
+    for tensor in data:
+        if tensor is not None:
+            found.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+            found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

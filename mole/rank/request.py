@@ -1,0 +1,95 @@
+"""What is to be ranked and on what, checked before any network is loaded.
+
+Dimensions: n examples, T numbers to be told.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mole.errors import MoleError
+from mole.rank.scorers import Evidence, Scorer, find_scorers
+
+Data = tuple[Tensor, Tensor | None]
+"""Inputs (n, ...), and labels (n,) int64, numbers to be told (n,) or (n, T), or nothing."""
+
+LABELLED = ("neuralrank", "silhouette", "class_mean", "h_score_shrunk", "knn", "logme")
+UNLABELLED = ("mutual_information", "kmeans", "confidence")
+TARGETS = ("ridge", "logme")
+ENSEMBLE = "mean_rank"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network to be ranked."""
+
+    name: str
+    load: Callable[[], nn.Module]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Plain values: where it came from."""
+
+
+def check_request(names: Sequence[str] | None, data: Data) -> list[Scorer]:
+    """The scorers that are asked for, or a good choice.
+
+    Raises:
+        MoleError: one is not known or cannot be had with these labels, or labels and inputs do not fit.
+    """
+    inputs, labels = data
+    if not all(part is None or isinstance(part, Tensor) for part in data):
+        raise MoleError(f"data are {', '.join(type(part).__name__ for part in data)}; legal is tensors of PyTorch")
+    if labels is not None and not labels.is_floating_point() and labels.ndim != 1:
+        raise MoleError(f"labels {tuple(labels.shape)}; legal is ({len(inputs)},)")
+    if labels is not None and len(labels) != len(inputs):
+        raise MoleError(f"{len(inputs)} inputs and {len(labels)} labels; legal is one label per input")
+    if len(inputs) < 3:
+        raise MoleError(f"{len(inputs)} inputs; legal is 3 or more")
+    if names is None:
+        names = UNLABELLED if labels is None else TARGETS if labels.is_floating_point() else LABELLED
+    chosen = find_scorers([name for name in names if name != ENSEMBLE])
+    if not chosen:
+        raise MoleError(f"scorers: {ENSEMBLE} needs others to take the mean of")
+    has = evidence_of(torch.zeros(len(inputs), 1), torch.zeros(len(inputs), 1), labels, 0).has()
+    unfit = [s.name for s in chosen if set(s.needs) - has - {"own classes"}]
+    if unfit:
+        numbers = "numbers; classes are whole ones, of an integer type"
+        kind = "none" if labels is None else numbers if labels.is_floating_point() else "classes"
+        raise MoleError(f"{', '.join(unfit)} cannot be had with these labels ({kind})")
+    if labels is not None and not labels.is_floating_point() and len(labels.unique()) < 2:
+        raise MoleError(f"labels are all {int(labels[0])}; legal is two classes or more")
+    if labels is not None and not labels.is_floating_point() and int(labels.min()) < 0:
+        raise MoleError(f"labels go down to {int(labels.min())}; legal is 0 and above")
+    return chosen
+
+
+def listed(networks: Iterable[Candidate] | Mapping[str, nn.Module]) -> list[Candidate]:
+    """Networks as candidates.
+
+    Raises:
+        MoleError: there are none, or two have one name.
+    """
+    if isinstance(networks, Mapping):
+        found = [Candidate(str(name), partial(_itself, network)) for name, network in networks.items()]
+    else:
+        found = list(networks)
+    if not found:
+        raise MoleError("there are no networks to rank")
+    names = [candidate.name for candidate in found]
+    if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
+        raise MoleError(f"names of networks must differ; several are called {', '.join(twice[:3])}")
+    return found
+
+
+def _itself(network: nn.Module) -> nn.Module:
+    return network
+
+
+def evidence_of(features: Tensor, outputs: Tensor, labels: Tensor | None, seed: int) -> Evidence:
+    """What scorers are given: labels are classes where they are whole numbers, else targets."""
+    if labels is not None and labels.is_floating_point():
+        return Evidence(features, outputs, targets=labels, seed=seed)
+    return Evidence(features, outputs, classes=None if labels is None else labels.long(), seed=seed)
