@@ -122,7 +122,7 @@ def test_damaged_and_missing_files_are_named(generator: Generator, tmp_path: Pat
         Generator.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(weights)
     for change, message in (
-        ({"format": 99}, "format 99; this version reads 3: update MOLE"),
+        ({"format": 99}, f"format 99; this version reads {FORMAT}: update MOLE"),
         ({"surprise": 1}, "surprise"),
         ({"scales": "x"}, "scales"),
         ({"denoiser": {**config["denoiser"], "width": 32}}, "altered after it was written"),
