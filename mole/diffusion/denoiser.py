@@ -187,7 +187,7 @@ class Denoiser(nn.Module):
                 nn.init.uniform_(read.weight, -bound, bound)
                 nn.init.zeros_(read.bias)
                 self.write[key] = _zeros(nn.Linear(width, size))
-                self.keep[key] = _zeros(nn.Linear(width, 2))
+                self.keep[key] = _zeros(nn.Linear(width, 1))
 
     def _learn_edges(self, edges: Edges) -> None:
         key, numbers = _key(edges.part, edges.places.shape[1]), edges.places.shape[1]
@@ -300,8 +300,8 @@ class Denoiser(nn.Module):
         view = part.view
         sizes = [len(kind.places) for kind in view.nodes]
         tokens = x[:, : sum(sizes)].split(sizes, 1)
-        nodes = [self._write_nodes(kind, y, [one.nodes[number] for one in seen[:2]])
-                 for number, (kind, y) in enumerate(zip(view.nodes, tokens, strict=True))]  # fmt: skip
+        starts = seen[1].nodes
+        nodes = [self._write_nodes(*part) for part in zip(view.nodes, tokens, starts, strict=True)]
         edges = []
         for kind in view.edges:
             numbers = kind.places.shape[1]
@@ -310,8 +310,8 @@ class Denoiser(nn.Module):
             edges.append(self.write_edges[_key(kind.part, numbers)](*ends) if numbers else nothing)
         return part.start + view.decode(Tokens(nodes, edges))
 
-    def _write_nodes(self, kind: Nodes, x: Tensor, seen: Sequence[Tensor]) -> Tensor:
-        """(B, T, W): what a token of width D says of its W numbers, and how much it keeps of those it has read.
+    def _write_nodes(self, kind: Nodes, x: Tensor, start: Tensor) -> Tensor:
+        """(B, T, W): what a token of width D says of its W numbers, and how much it keeps of those of the start.
 
         Without the second, no more than D of W directions of the start could be changed: weight decay shrinks them all.
         """
@@ -319,9 +319,7 @@ class Denoiser(nn.Module):
         for key, size in _parts(kind):
             found = self.write[key](x)
             if key in self.keep:
-                gains = self.keep[key](x)  # (B, T, 2)
-                for number, values in enumerate(seen):
-                    found = found + gains[..., number : number + 1] * values[..., low : low + size]
+                found = found + self.keep[key](x) * start[..., low : low + size]
             written.append(found)
             low += size
         return torch.cat(written, -1)

@@ -295,7 +295,7 @@ def test_operations_are_counted_by_hand() -> None:
     block = 2 * 5 * tokens * 8 * (3 * 8 + 8 + 2 * 16) + 2 * 5 * 8 * 6 * 8
     ends = 2 * 5 * (2 * (10 * 8 + 8 * 5) + (2 * 8 + 8)) + 2 * 2 * 64 * 8  # read and write; depths of two kinds
     conditions = 2 * 5 * (3 * 64 * 8 + 8 * 8) + 2 * 2 * 8 + 2 * 5 * 8 * 16
-    kept = 2 * 5 * (3 * 2 + 1) * 8 * 2  # of three parts of two neurons and of the output bias
+    kept = 2 * 5 * (3 * 2 + 1) * 8  # of three parts of two neurons and of the output bias
     assert found == 3 * (block + ends + kept + conditions)
 
 
