@@ -16,6 +16,8 @@ from mole.tasks import Classification, Split, load_task
 
 ROOT = Path(__file__).resolve().parent.parent
 
+torch.set_num_threads(1)  # networks here are tiny: on a machine with other work, threads wait for each other
+
 
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
