@@ -66,13 +66,13 @@ def see(
     """
     caught: dict[str, _Catch] = {}
     hooks: list[Any] = []
-    for layer in layers:
-        caught[str(layer)] = catch = _Catch(last=layer == LAST_HIDDEN)
-        hooks += _hooks(network, layer, catch, widest)
     outputs: list[Tensor] = []
     was = network.training
-    network.eval().to(device)
     try:
+        for layer in layers:
+            caught[str(layer)] = catch = _Catch(last=layer == LAST_HIDDEN)
+            hooks += _hooks(network, layer, catch, widest)
+        network.eval().to(device)
         for batch in batches:
             outputs.append(_run(network, batch.to(device)))
             for layer, catch in caught.items():

@@ -51,6 +51,9 @@ def test_features_are_what_the_last_layer_reads() -> None:
     images = torch.randn(5, 4)
     assert torch.equal(features(network, images), torch.relu(network[0](images)))
     assert not network[2]._forward_pre_hooks and network.training
+    with pytest.raises(MoleError, match="no layer '9'"):
+        see(network, [images], ["0", "9"])
+    assert not network[0]._forward_hooks
     with pytest.raises(MoleError, match="no layer of ReLU is linear"):
         features(nn.ReLU(), images)
 
