@@ -1,6 +1,6 @@
 """The tables of neuralRank (Desai et al.) again: scores and transfer accuracies beside the paper's.
 
-    MOLE_DATA=... python benchmarks/neuralrank.py --out runs/neuralrank
+    MOLE_DATA=... python benchmarks/neuralrank.py configs/neuralrank.yaml --out runs/neuralrank
 
 Networks are trained once and kept in the folder; from there the tables come out in minutes. `--tiny` walks through with
 random images in seconds.
@@ -8,28 +8,22 @@ random images in seconds.
 
 import argparse
 import json
-import os
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
+from matplotlib.lines import Line2D
+from neuralrank_networks import NINE, TINY, Images, Settings, features, trained, transfer_accuracy
 from torch import Tensor, nn
 
-from mole.errors import MoleError
-from mole.files import replacing
 from mole.rank import kendall_tau, leaderboard, principal_components, see, silhouette, successive_halving
-from mole.seeding import Seeded, derived
 
-ARCHIVES = {"M": "mnist", "F": "fashion_mnist", "C": "cifar10"}
-LABELS = {"10": range(10), "04": range(5), "59": range(5, 10)}
-NINE = [f"{letter}{part}" for letter in ARCHIVES for part in LABELS]
+CONFIG = Path(__file__).parent.parent / "configs" / "neuralrank.yaml"
 PAPER: dict[str, dict[str, Any]] = {
     "table 2": {
         "target": "M04", "networks": NINE, "input": 0.346,
@@ -58,219 +52,175 @@ PAPER: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 DIMENSIONS = [3, 5, 10, 20, 30, 50]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much is trained and judged."""
-
-    steps: int = 400
-    batch: int = 100
-    examples: int = 5000
-    fit_steps: int = 300
-
-
-class Images:
-    """The three data sets as 28x28 grey images, by letter and split."""
-
-    def __init__(self, *, tiny: bool) -> None:
-        self.tiny = tiny
-        self.known: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-
-    def whole(self, letter: str, split: str) -> tuple[Tensor, Tensor]:
-        """Images (n, 1, 28, 28) in 0..1 and labels."""
-        if (letter, split) not in self.known:
-            self.known[letter, split] = self._read(letter, split)
-        return self.known[letter, split]
-
-    def _read(self, letter: str, split: str) -> tuple[Tensor, Tensor]:
-        if self.tiny:
-            generator = torch.Generator().manual_seed(derived(f"{letter} {split}", 0))
-            labels = torch.arange(200) % 10
-            return torch.rand(200, 1, 28, 28, generator=generator) * (1 + labels[:, None, None, None]) / 10, labels
-        root = os.environ.get("MOLE_DATA")
-        if not root:
-            raise MoleError("MOLE_DATA is not set; it names the folder of mnist.npz, fashion_mnist.npz and cifar10.npz")
-        with np.load(Path(root) / f"{ARCHIVES[letter]}.npz") as found:
-            images = torch.from_numpy(found[f"x_{split}"]).float() / 255
-            labels = torch.from_numpy(found[f"y_{split}"].astype(np.int64)).flatten()
-        if images.ndim == 4:  # (n, 32, 32, 3), to grey by the weights of ITU-R 601
-            grey = (images @ torch.tensor([0.299, 0.587, 0.114]))[:, None]
-            return F.interpolate(grey, size=(28, 28), mode="bilinear", antialias=True), labels
-        return images[:, None], labels
-
-    def part(self, name: str, split: str) -> tuple[Tensor, Tensor]:
-        """`M04`: the images of labels 0 to 4, numbered from 0."""
-        images, labels = self.whole(name[0], split)
-        wanted = LABELS[name[1:3]]
-        there = (labels >= wanted.start) & (labels < wanted.stop)
-        return images[there], labels[there] - wanted.start
-
-
-def build(name: str) -> nn.Sequential:
-    """The network of Figure 1, after the TensorFlow tutorial; `-lite` has one convolution, `-512` half of the units."""
-    units, classes = 512 if name.endswith("-512") else 1024, len(LABELS[name[1:3]])
-    parts: list[nn.Module] = [nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
-    width = 32 * 14 * 14
-    if not name.endswith("-lite"):
-        parts += [nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
-        width = 64 * 7 * 7
-    dense = [nn.Flatten(), nn.Linear(width, units), nn.ReLU(), nn.Dropout(0.4), nn.Linear(units, classes)]
-    return nn.Sequential(*parts, *dense)
-
-
-def trained(name: str, data: Images, folder: Path, sizes: Sizes, seed: int) -> nn.Sequential:
-    """From the folder, or trained by Adam and kept there."""
-    path = folder / f"{name}-seed{seed}-{sizes.steps}x{sizes.batch}.safetensors"
-    with Seeded(derived(f"neuralrank {name}", seed)):
-        network = build(name)
-        if path.is_file():
-            network.load_state_dict(load_file(path))
-            return network.eval()
-        images, labels = data.part(name, "train")
-        optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-        for _ in range(sizes.steps):
-            index = torch.randint(len(images), (sizes.batch,))
-            optimizer.zero_grad()
-            F.cross_entropy(network(images[index]), labels[index]).backward()
-            optimizer.step()
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        save_file(network.state_dict(), temporary)
-    return network.eval()
-
-
-def features(network: nn.Module, images: Tensor) -> Tensor:
-    return next(iter(see(network, images.split(500)).features.values()))
-
-
-def transfer_accuracy(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], sizes: Sizes, seed: int) -> float:
-    """Of a new last layer, fitted to features (n, D) by Adam, everything else frozen."""
-    with Seeded(derived("new last layer", seed)):
-        layer = nn.Linear(train[0].shape[1], int(train[1].max()) + 1)
-        optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
-        for _ in range(sizes.fit_steps):
-            index = torch.randint(len(train[0]), (sizes.batch,))
-            optimizer.zero_grad()
-            F.cross_entropy(layer(train[0][index]), train[1][index]).backward()
-            optimizer.step()
-        with torch.no_grad():
-            return float((layer(test[0]).argmax(1) == test[1]).float().mean())
+TARGETS = ["M04", "F04"]
+LAYERS = ["1", "2", "4", "5", "8"]
+"""L1 to L5: after each of two convolutions and its pooling, and the dense layer."""
+COLOURS = ["#0072B2", "#D55E00", "#009E73"]
+LABEL_COLOURS = [*COLOURS, "#CC79A7", "#E69F00"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, nargs="?", default=CONFIG)
     parser.add_argument("--out", type=Path, default=Path("runs/neuralrank"))
-    parser.add_argument("--steps", type=int, default=Sizes.steps, help="of Adam, 100 images each, per network")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="random images and two steps, to try the way")
     given = parser.parse_args()
-    sizes = Sizes(2, 20, 60, 2) if given.tiny else Sizes(steps=given.steps)
-    data, folder = Images(tiny=given.tiny), given.out / "networks"
+    settings = TINY if given.tiny else Settings.read(given.config)
+    data, began = Images(tiny=given.tiny), time.perf_counter()
+    networks = dict[str, nn.Module]()
     names = list(dict.fromkeys(name for table in PAPER.values() for name in table["networks"]))
-    began = time.perf_counter()
-    networks = {}
     for done, name in enumerate(names, 1):
-        networks[name] = trained(name, data, folder, sizes, given.seed)
-        print(f"{name}: {done} of {len(names)} networks, {time.perf_counter() - began:.0f} s", flush=True)
-    training, began = time.perf_counter() - began, time.perf_counter()
-    result: dict[str, Any] = {"benchmark": "neuralrank", "seed": given.seed, "steps": sizes.steps, "tables": {}}
-    cache: dict[tuple[str, str, str], Tensor] = {}
-
-    def cached(name: str, target: str, split: str) -> tuple[Tensor, Tensor]:
-        images, labels = data.part(target, split)
-        if split == "train":
-            images, labels = images[: sizes.examples], labels[: sizes.examples]
-        if (name, target, split) not in cache:
-            cache[name, target, split] = features(networks[name], images)
-        return cache[name, target, split], labels
-
-    for title, table in PAPER.items():
-        target, scores, accuracy = table["target"], [], []
-        for name in table["networks"]:
-            seen, labels = cached(name, target, "test")
-            scores.append(silhouette(principal_components(seen, 10), labels))
-            if "accuracy" in table:
-                pair = cached(name, target, "train"), (seen, labels)
-                accuracy.append(transfer_accuracy(*pair, sizes, given.seed))
-        result["tables"][title] = summary(title, table, scores, accuracy)
-    result["input"] = input_scores(data)
-    result["dimensions"] = by_dimension(cached)
-    result["halving"] = {target: halving(networks, data.part(target, "test"), given.seed) for target in ("M04", "F04")}
-    result |= {"training_seconds": training, "tables_seconds": time.perf_counter() - began}
-    figure(result["dimensions"], given.out / "dimensions.png")
-    (given.out / "result.json").write_text(json.dumps(result, indent=1))
-    print(json.dumps({key: value for key, value in result.items() if key != "tables"}))
-
-
-def summary(title: str, table: dict[str, Any], scores: list[float], accuracy: list[float]) -> dict[str, Any]:
-    """Ours beside the paper's, printed as Markdown."""
-    ours, theirs = torch.tensor(scores), torch.tensor(table["scores"])
-    top = [{table["networks"][i] for i in part.argsort(descending=True)[:3].tolist()} for part in (ours, theirs)]
-    found: dict[str, Any] = {
-        "networks": table["networks"], "scores": scores, "paper": table["scores"],
-        "tau_with_paper": kendall_tau(ours, theirs), "same_top_3": top[0] == top[1],
-        "rms_difference": float((ours - theirs).square().mean().sqrt()),
+        networks[name] = trained(name, data, given.out / "networks", settings)
+        passed = time.perf_counter() - began
+        left = passed / done * (len(names) - done)
+        print(f"{name}: {done} of {len(names)} networks, {passed:.0f} s, {left:.0f} s left", flush=True)
+    zoo, training, began = Zoo(networks, data, settings), time.perf_counter() - began, time.perf_counter()
+    tables = {title: compared(title, table, zoo) for title, table in PAPER.items()}
+    layers = {target: by_layer(target, zoo) for target in TARGETS}
+    dimensions = {target: by_dimension(target, zoo) for target in TARGETS}
+    result = {
+        "benchmark": "neuralrank", "settings": settings.model_dump(), "tables": tables, "input": input_scores(zoo),
+        "layers": layers, "dimensions": dimensions, "halving": {target: halving(target, zoo) for target in TARGETS},
+        "training_seconds": training, "tables_seconds": time.perf_counter() - began,
     }  # fmt: skip
-    rows = {"score": scores, "paper": table["scores"]}
-    if accuracy:
-        found["accuracy"] = accuracy
-        found["tau_with_accuracy"] = kendall_tau(ours, torch.tensor(accuracy))
+    dimensions_figure(dimensions, given.out / "neuralrank_dimensions.png")
+    latent_figure(zoo, tables["table 2"], given.out / "neuralrank_latent.png")
+    (given.out / "result.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps({key: value for key, value in result.items() if key not in ("tables", "layers", "dimensions")}))
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """The trained networks and what they make of targets, computed once."""
+
+    networks: dict[str, nn.Module]
+    data: Images
+    settings: Settings
+    known: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
+
+    def seen(self, name: str, target: str, split: str = "test") -> tuple[Tensor, Tensor]:
+        """Features (n, D) of the last hidden layer, and labels (n,)."""
+        images, labels = self.data.part(target, split)
+        if split == "train":
+            images, labels = images[: self.settings.examples], labels[: self.settings.examples]
+        if (name, target, split) not in self.known:
+            self.known[name, target, split] = features(self.networks[name], images)
+        return self.known[name, target, split], labels
+
+    def score(self, name: str, target: str) -> float:
+        """neuralRank."""
+        seen, labels = self.seen(name, target)
+        return silhouette(principal_components(seen, self.settings.components), labels)
+
+    def accuracy(self, name: str, target: str) -> float:
+        """Of a new last layer."""
+        train, test = self.seen(name, target, "train"), self.seen(name, target)
+        return transfer_accuracy(train, test, self.settings, self.settings.seed)
+
+
+def compared(title: str, table: dict[str, Any], zoo: Zoo) -> dict[str, Any]:
+    """Ours beside the paper's, printed as Markdown."""
+    names, target = table["networks"], table["target"]
+    scores = [zoo.score(name, target) for name in names]
+    accuracy = [zoo.accuracy(name, target) for name in names]
+    ours, theirs, truth = torch.tensor(scores), torch.tensor(table["scores"]), torch.tensor(accuracy)
+    top = [{names[i] for i in part.argsort(descending=True)[:3].tolist()} for part in (ours, theirs)]
+    found: dict[str, Any] = {
+        "networks": names, "scores": scores, "paper": table["scores"], "accuracy": accuracy,
+        "tau_with_paper": kendall_tau(ours, theirs), "tau_with_accuracy": kendall_tau(ours, truth),
+        "rms_difference": float((ours - theirs).square().mean().sqrt()), "same_top_3": top[0] == top[1],
+    }  # fmt: skip
+    rows = {"score": scores, "paper's": table["scores"], "transfer accuracy": accuracy}
+    if "accuracy" in table:
         found["papers_tau_with_accuracy"] = kendall_tau(theirs, torch.tensor(table["accuracy"]))
-        rows |= {"transfer accuracy": accuracy, "paper's": table["accuracy"]}
-    print(f"\n{title}, target {table['target']}\n\n| | {' | '.join(table['networks'])} |")
-    print("|---|" + "---|" * len(table["networks"]))
-    for name, values in rows.items():
-        print(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |")
-    print(
-        "\n" + ", ".join(f"{key} {value:.3f}" for key, value in found.items() if isinstance(value, float)), flush=True
-    )
+        rows["paper's accuracy"] = table["accuracy"]
+    markdown(f"{title}, target {target}", names, rows)
+    print("\n" + ", ".join(f"{key} {value:.3f}" for key, value in found.items() if isinstance(value, float)))
+    print(f"same top 3: {top[0] == top[1]}", flush=True)
     return found
 
 
-def input_scores(data: Images) -> dict[str, float]:
+def markdown(title: str, columns: Sequence[str], rows: dict[str, list[float]]) -> None:
+    print(f"\n{title}\n\n| | {' | '.join(columns)} |")
+    print("|---|" + "---|" * len(columns))
+    for name, values in rows.items():
+        print(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |")
+
+
+def by_layer(target: str, zoo: Zoo) -> dict[str, list[float]]:
+    """The scores of L0 (the images) to L5 for the nine networks: where do classes come apart?"""
+    images, labels = zoo.data.part(target, "test")
+    images, labels = images[: zoo.settings.layer_examples], labels[: zoo.settings.layer_examples]
+    found = {}
+    for name in NINE:
+        seen = see(zoo.networks[name], images.split(500), LAYERS, widest=2**15).features
+        layers = [images.flatten(1), *seen.values()]
+        found[name] = [silhouette(principal_components(x, zoo.settings.components), labels) for x in layers]
+    markdown(f"all layers, target {target}", [f"L{layer}" for layer in range(6)], found)
+    return found
+
+
+def input_scores(zoo: Zoo) -> dict[str, float]:
     """L0: the raw images of the MNIST target, by formula."""
-    images, labels = data.part("M04", "test")
+    images, labels = zoo.data.part("M04", "test")
     pixels = images.flatten(1).double()
-    reduced = principal_components(pixels, 10)
+    reduced = principal_components(pixels, zoo.settings.components)
     return {
         "standard": silhouette(reduced, labels), "centroid": silhouette(reduced, labels, variant="centroid"),
         "standard without PCA": silhouette(pixels, labels),
+        "centroid without PCA": silhouette(pixels, labels, variant="centroid"),
     }  # fmt: skip
 
 
-def halving(networks: dict[str, nn.Module], data: tuple[Tensor, Tensor], seed: int) -> dict[str, Any]:
+def halving(target: str, zoo: Zoo) -> dict[str, Any]:
     """Does successive halving find the best of all networks, and at what share of the evaluations?"""
-    found, whole = successive_halving(networks, data, seed=seed), leaderboard(networks, data, scorers=["neuralrank"])
-    names = [row.name for row in whole.rows]
-    return {
-        "share": found.share,
-        "best": found.order[0],
-        "best_of_all": names[0],
-        "place": names.index(found.order[0]) + 1,
-    }
+    data, seed = zoo.data.part(target, "test"), zoo.settings.seed
+    found = successive_halving(zoo.networks, data, seed=seed)
+    names = [row.name for row in leaderboard(zoo.networks, data, scorers=["neuralrank"]).rows]
+    place = names.index(found.order[0]) + 1
+    return {"share": found.share, "best": found.order[0], "best_of_all": names[0], "place": place}
 
 
-def by_dimension(cached: Any) -> dict[str, dict[str, float]]:
-    """Figure 2: the scores of table 2's networks by the number of components."""
-    found: dict[str, dict[str, float]] = {}
+def by_dimension(target: str, zoo: Zoo) -> dict[str, list[float]]:
+    """Figure 2: the scores of the nine networks by the number of components."""
+    found = {}
     for name in NINE:
-        seen, labels = cached(name, "M04", "test")
+        seen, labels = zoo.seen(name, target)
         reduced = principal_components(seen, max(DIMENSIONS))
-        found[name] = {str(count): silhouette(reduced[:, :count], labels) for count in DIMENSIONS}
+        found[name] = [silhouette(reduced[:, :count], labels) for count in DIMENSIONS]
     return found
 
 
-def figure(scores: dict[str, dict[str, float]], path: Path) -> None:
-    drawing = Figure(figsize=(6.4, 4.2), layout="constrained")
+def dimensions_figure(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
+    drawing = Figure(figsize=(9.6, 4.0), layout="constrained")
     FigureCanvasAgg(drawing)
-    axes = drawing.add_subplot()
-    for number, (name, values) in enumerate(scores.items()):
-        style = ("-", "--", ":")[number % 3]
-        colour = ("#0072B2", "#D55E00", "#009E73")[number // 3]
-        axes.plot([int(count) for count in values], list(values.values()), style, color=colour, label=name)
-    axes.set(xlabel="principal components", ylabel="neuralRank score, MNIST 0-4")
-    axes.legend(frameon=False, ncols=3, fontsize=8)
+    for number, (target, networks) in enumerate(scores.items()):
+        axes = drawing.add_subplot(1, len(scores), number + 1)
+        for place, (name, values) in enumerate(networks.items()):
+            axes.plot(DIMENSIONS, values, ("-", "--", ":")[place % 3], color=COLOURS[place // 3], label=name)
+        axes.axvline(10, color="0.8", zorder=0)
+        axes.set(xlabel="principal components", ylabel="neuralRank score", title=f"target {target}")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    drawing.savefig(path, dpi=150)
+
+
+def latent_figure(zoo: Zoo, table: dict[str, Any], path: Path) -> None:
+    """Figure 3: the images themselves, and what the best, a middling and the worst network make of them, in 3-D."""
+    order = sorted(zip(table["scores"], table["networks"], strict=True), reverse=True)
+    drawing = Figure(figsize=(12, 3.4), layout="constrained")
+    FigureCanvasAgg(drawing)
+    images, labels = zoo.data.part("M04", "test")
+    views = [("the images", images.flatten(1))]
+    views += [(name, zoo.seen(name, "M04")[0]) for _, name in (order[0], order[len(order) // 2], order[-1])]
+    for number, (name, seen) in enumerate(views):
+        axes: Any = drawing.add_subplot(1, len(views), number + 1, projection="3d")
+        reduced = principal_components(seen, zoo.settings.components)
+        x, y, z = reduced[:500, :3].T.tolist()
+        axes.scatter(x, y, z, c=[LABEL_COLOURS[label] for label in labels[:500].tolist()], s=4, depthshade=False)
+        axes.set_title(f"{name}: {silhouette(reduced, labels):.3f}", fontsize=10)
+        axes.set(xticklabels=[], yticklabels=[], zticklabels=[])
+    marks = [Line2D([], [], marker="o", linestyle="", color=colour) for colour in LABEL_COLOURS]
+    drawing.legend(marks, "01234", frameon=False, loc="outside right center")
     drawing.savefig(path, dpi=150)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from neuralrank import NINE, Images, Sizes, features, trained, transfer_accuracy
+from neuralrank_networks import NINE, TINY, Images, Settings, features, trained, transfer_accuracy
 from torch import Tensor, nn
 
 import mole
@@ -38,9 +38,9 @@ Case = tuple[str, dict[str, nn.Module], tuple[Tensor, Tensor], Tensor]
 
 def paper(folder: Path, seed: int, *, tiny: bool) -> Iterator[Case]:
     """The nine networks and the nine of one convolution, for two targets."""
-    data, sizes = Images(tiny=tiny), Sizes(2, 20, 60, 2) if tiny else Sizes()
+    data, settings = Images(tiny=tiny), TINY if tiny else Settings()
     names = [*NINE, *(f"{name}-lite" for name in NINE)]
-    networks: dict[str, nn.Module] = {name: trained(name, data, folder / "networks", sizes, 0) for name in names}
+    networks: dict[str, nn.Module] = {name: trained(name, data, folder / "networks", settings) for name in names}
     for target in ("M04", "F04"):
         images, labels = data.part(target, "train")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(derived("examples", seed)))
@@ -51,7 +51,7 @@ def paper(folder: Path, seed: int, *, tiny: bool) -> Iterator[Case]:
         for network in networks.values():
             train = features(network, images[fitted]), labels[fitted]
             test = features(network, tests[0][:2000]), tests[1][:2000]
-            truth.append(transfer_accuracy(train, test, sizes, seed))
+            truth.append(transfer_accuracy(train, test, settings, seed))
         yield f"paper's zoo, {target}", networks, (images[scored], labels[scored]), torch.tensor(truth)
 
 

@@ -32,6 +32,17 @@ def regret(scores: Tensor, truth: Tensor) -> float:
     return float(truth.max() - truth[scores.argmax()])
 
 
+def with_the_others(answers: Tensor) -> Tensor:
+    """How often networks give the answer of another one, (N,): mean over the others and over the examples of `answers`
+    (N, n). Networks that are right agree, and errors differ, where they were not trained to make the same ones (Jiang
+    et al. 2022)."""
+    same = torch.zeros(len(answers), dtype=torch.float64)
+    for answer in answers.unique().tolist():
+        gave = answers == answer  # (N, n)
+        same += (gave * (gave.sum(0) - 1)).sum(1)
+    return same / (max(1, len(answers) - 1) * answers.shape[1])
+
+
 def mean_rank(scores: Tensor) -> Tensor:
     """An ensemble of scorers: minus the mean over scorers (S, N) of the rank of each network, (N,); NaN ranks last."""
     filled = scores.double().nan_to_num(nan=-torch.inf)

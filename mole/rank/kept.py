@@ -26,6 +26,10 @@ class Row:
     provenance: dict[str, Any]
     resampled: dict[str, list[float]] = field(default_factory=dict)
     """By scorer: scores on random halves of the examples, the same halves for every network."""
+    answers: list[int] = field(default_factory=list)
+    """The likeliest class of every example, where the agreement of networks is asked for."""
+    outputs: int = 0
+    """How many classes it has answers for, where that is asked for."""
 
 
 class Finished:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mole.errors import MoleError
-from mole.rank.agreement import mean_rank
+from mole.rank.agreement import mean_rank, with_the_others
 from mole.rank.features import LAST_HIDDEN, see
 from mole.rank.kept import Finished, Row, data_digest, network_digest
-from mole.rank.request import ENSEMBLE, Candidate, Data, check_request, evidence_of, listed
+from mole.rank.request import AGREEMENT, ENSEMBLE, Candidate, Data, check_request, evidence_of, listed
 from mole.rank.scorers import Scorer
 from mole.rank.scoring import halves, resampled, scored
 
@@ -35,8 +35,9 @@ class Leaderboard:
 
     @classmethod
     def of(cls, rows: Sequence[Row], scorers: Sequence[str], by: str) -> "Leaderboard":
-        """Rows in order; with the mean rank beside, where there are several scorers."""
-        rows = list(rows)
+        """Rows in order; with their agreement where answers are kept, and the mean rank of several scorers."""
+        rows = _agreeing(rows)
+        scorers = [*scorers, *([AGREEMENT] if any(AGREEMENT in row.scores for row in rows) else [])]
         if len(scorers) > 1:
             table = torch.tensor([[row.scores.get(name, float("nan")) for row in rows] for name in scorers],
                                  dtype=torch.float64)  # fmt: skip
@@ -124,7 +125,7 @@ def leaderboard(
         networks: modules by their names, or candidates that are loaded one at a time.
         data: inputs, with labels, numbers, or neither.
         scorers: by name (`mole.rank.REGISTRY`); a good choice by default. Several also give their `mean_rank`, which
-            may be named first.
+            may be named first; `agreement` is how often a network gives the answer of another one.
         layer: whose outputs are read, by name or place, or what the last layer reads.
         lacking: what a network without that layer is: a `row` with its reason, or an `error` that names all of them.
         bootstrap: random halves of the examples, for intervals and the probability of being best.
@@ -141,23 +142,25 @@ def leaderboard(
     chosen, candidates = check_request(scorers, data), listed(networks)
     if lacking not in ("row", "error") or bootstrap < 0:
         raise MoleError(f"lacking is {lacking!r}, bootstrap {bootstrap}; legal is row or error, and 0 or more")
-    settings = json.dumps([[s.name for s in chosen], str(layer), bootstrap, seed, data_digest(data)])
+    agreement = scorers is not None and AGREEMENT in scorers
+    settings = json.dumps([[s.name for s in chosen], agreement, str(layer), bootstrap, seed, data_digest(data)])
     finished, rows, parts = Finished(kept, settings), list[Row](), halves(data, bootstrap, seed)
     for done, candidate in enumerate(candidates, 1):
-        rows.append(_row(candidate, data, chosen, layer, parts, batch_size, device, seed, finished))
+        rows.append(_row(candidate, data, chosen, layer, parts, batch_size, device, seed, finished, agreement))
         progress(done)
     without = [row.name for row in rows if row.reason.startswith("no layer ")]
     if lacking == "error" and without:
         raise MoleError(f"layer {layer!r} is not in {', '.join(without)}; legal is a layer of all, or lacking='row'")
-    by = ENSEMBLE if scorers and scorers[0] == ENSEMBLE and len(chosen) > 1 else chosen[0].name
+    judges = [s.name for s in chosen] + [AGREEMENT] * agreement
+    by = scorers[0] if scorers and (scorers[0] != ENSEMBLE or len(judges) > 1) else judges[0]
     return Leaderboard.of(_marked(rows), [s.name for s in chosen], by)
 
 
 def _row(
     candidate: Candidate, data: Data, scorers: Sequence[Scorer], layer: str | int, parts: Sequence[Tensor],
-    batch_size: int, device: torch.device | str, seed: int, finished: Finished,
+    batch_size: int, device: torch.device | str, seed: int, finished: Finished, agreement: bool,
 ) -> Row:  # fmt: skip
-    began, digest = time.perf_counter(), ""
+    began, digest, answers, outputs = time.perf_counter(), "", list[int](), 0
     try:
         network = candidate.load()
         digest = network_digest(network)
@@ -167,13 +170,35 @@ def _row(
         evidence = evidence_of(seen.features[str(layer)], seen.outputs, data[1], seed)
         scores, reasons = scored(scorers, evidence)
         again = resampled(scorers, evidence, parts)
+        if agreement:
+            answers, outputs = seen.outputs.argmax(1).tolist(), seen.outputs.shape[1]
     except Exception as error:  # whatever is wrong with one network is not the end of the others
         scores, again = {}, {}
         reasons = [str(error) if isinstance(error, MoleError) else f"{type(error).__name__}: {error}"]
     reason = "; ".join(reasons)
-    row = Row(candidate.name, scores, reason, time.perf_counter() - began, digest, candidate.provenance, again)
+    seconds = time.perf_counter() - began
+    row = Row(candidate.name, scores, reason, seconds, digest, candidate.provenance, again, answers, outputs)
     finished.add(row)
     return row
+
+
+def _agreeing(rows: Sequence[Row]) -> list[Row]:
+    """With the agreement of networks whose answers are of one kind; those with other answers get a reason."""
+    kinds = [row.outputs for row in rows if row.answers]
+    if not kinds:
+        return list(rows)
+    kind = max(kinds, key=kinds.count)
+    same = [number for number, row in enumerate(rows) if row.answers and row.outputs == kind]
+    scores = with_the_others(torch.tensor([rows[number].answers for number in same])).tolist()
+    found = [_with_reason(row, kind) if row.answers and row.outputs != kind else row for row in rows]
+    for number, score in zip(same, scores, strict=True):
+        found[number] = replace(rows[number], scores={**rows[number].scores, AGREEMENT: score})
+    return found
+
+
+def _with_reason(row: Row, kind: int) -> Row:
+    told = f"{AGREEMENT}: {row.outputs} answers where most networks have {kind}"
+    return replace(row, reason="; ".join(filter(None, (row.reason, told))))
 
 
 def _marked(rows: list[Row]) -> list[Row]:

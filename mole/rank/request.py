@@ -21,6 +21,8 @@ LABELLED = ("neuralrank", "silhouette", "class_mean", "h_score_shrunk", "knn", "
 UNLABELLED = ("mutual_information", "kmeans", "confidence")
 TARGETS = ("ridge", "logme")
 ENSEMBLE = "mean_rank"
+AGREEMENT = "agreement"
+"""Scores that a network has only beside others."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ def check_request(names: Sequence[str] | None, data: Data) -> list[Scorer]:
         raise MoleError(f"{len(inputs)} inputs; legal is 3 or more")
     if names is None:
         names = UNLABELLED if labels is None else TARGETS if labels.is_floating_point() else LABELLED
-    chosen = find_scorers([name for name in names if name != ENSEMBLE])
-    if not chosen:
+    chosen = find_scorers([name for name in names if name not in (ENSEMBLE, AGREEMENT)])
+    if not chosen and AGREEMENT not in names:
         raise MoleError(f"scorers: {ENSEMBLE} needs others to take the mean of")
     has = evidence_of(torch.zeros(len(inputs), 1), torch.zeros(len(inputs), 1), labels, 0).has()
     unfit = [s.name for s in chosen if set(s.needs) - has - {"own classes"}]

@@ -133,6 +133,26 @@ def test_without_labels_the_network_that_is_sure_and_varied_wins(data: tuple[Ten
     assert board.rows[0].scores["mutual_information"] == pytest.approx(math.log(2), abs=0.01)
 
 
+def test_agreement_is_how_often_a_network_gives_the_answer_of_another_one(tmp_path: Path) -> None:
+    def constant(answer: int, outputs: int = 2) -> nn.Sequential:
+        network = nn.Sequential(nn.Linear(2, outputs))
+        with torch.no_grad():
+            network[0].weight.zero_()  # pyright: ignore
+            network[0].bias.copy_(torch.eye(outputs)[answer])  # pyright: ignore
+        return network
+
+    inputs = torch.randn(12, 2)
+    networks = {"one": constant(1), "zero": constant(0), "also zero": constant(0), "three": constant(0, 3)}
+    board = leaderboard(networks, (inputs, None), scorers=["agreement"], kept=tmp_path / "rows.jsonl")
+    found = {row.name: row.scores.get("agreement") for row in board.rows}
+    assert found == {"zero": 0.5, "also zero": 0.5, "one": 0.0, "three": None} and board.by == "agreement"
+    assert board.rows[-1].reason == "agreement: 3 answers where most networks have 2"
+    again = leaderboard(networks, (inputs, None), scorers=["agreement"], kept=tmp_path / "rows.jsonl")
+    assert {row.name: row.scores.get("agreement") for row in again.rows} == found
+    both = leaderboard(networks, (inputs, None), scorers=["mean_rank", "confidence", "agreement"])
+    assert both.by == "mean_rank" and set(both.rows[0].scores) == {"confidence", "agreement", "mean_rank"}
+
+
 def test_bootstrap_says_how_sure_the_order_is(data: tuple[Tensor, Tensor]) -> None:
     networks = {"class": axis_network(0), "noise": axis_network(1), "again": axis_network(0)}
     board = leaderboard(networks, data, scorers=["silhouette"], bootstrap=20)
