@@ -200,7 +200,7 @@ def dimensions_figure(scores: dict[str, dict[str, list[float]]], path: Path) -> 
             axes.plot(DIMENSIONS, values, ("-", "--", ":")[place % 3], color=COLOURS[place // 3], label=name)
         axes.axvline(10, color="0.8", zorder=0)
         axes.set(xlabel="principal components", ylabel="neuralRank score", title=f"target {target}")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    drawing.axes[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     drawing.savefig(path, dpi=150)
 
 

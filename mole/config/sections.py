@@ -248,7 +248,9 @@ class TrainConfig(Section):
     function_weight: NonNegative = 100.0
     """Weight of the divergence between what the predicted and the true network compute on training images."""
     function_images: Count = 128
-    """Training images per step for that divergence."""
+    """Training images per network and step for that divergence."""
+    gap_weight: NonNegative = 1.0
+    """Weight, within that, of how far the loss of the predicted network lies from that of the true one."""
     one_pass_fraction: Fraction = 0.67
     """Share of a batch that is noised completely: what a single evaluation sees."""
     late_fraction: Fraction = 0.5

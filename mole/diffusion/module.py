@@ -22,15 +22,17 @@ from mole.diffusion.denoiser import Networks
 from mole.diffusion.models import AnyDenoiser
 from mole.diffusion.pairs import Batch
 from mole.seeding import stream
-from mole.tasks import Task
+from mole.tasks import Comparison, Task
 
 
 class DenoiserTraining(L.LightningModule):
     """Clean-weight prediction, judged in weight space and in function space.
 
-    The loss is the error of the normalised weights (`train.objective`) plus `function_weight` times the
-    Kullback-Leibler divergence, on training images, from the predictions of the true network to those
-    of the predicted one: two weight vectors may lie close together and compute different things.
+    The loss is the error of the normalised weights (`train.objective`) plus `function_weight` times what the
+    two networks compute differently on training images: two weight vectors may lie close together and compute
+    different things. That is the Kullback-Leibler divergence from the predictions of the true network to those of the
+    predicted one, and `gap_weight` times the distance of their losses: of all networks that are about as far from
+    the true one, those are wanted that have the loss that was asked for.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class DenoiserTraining(L.LightningModule):
         networks = [self.networks(part, part.noised, part.level) for part in batch]
         others = [self.networks(part, part.again, part.level) for part in batch if part.again is not None]
         predicted = self.denoiser([*networks, *others])  # (B, P) per part
-        error, divergence = torch.zeros_like(predicted[0][0, 0]), torch.zeros_like(predicted[0][0, 0])
+        error, divergence, gap = (torch.zeros_like(predicted[0][0, 0]) for _ in range(3))
         wanted = self._ends(batch)
         for number, part in enumerate(batch):
             share = len(part.level) / sum(len(other.level) for other in batch)
@@ -64,9 +66,11 @@ class DenoiserTraining(L.LightningModule):
             else:
                 error = error + share * F.mse_loss(found, clean)
             if self.config.function_weight:
-                divergence = divergence + share * self._divergence(found, clean, part)
-        loss = error + self.config.function_weight * divergence
-        return {"loss": loss, "weight_error": error.detach(), "divergence": divergence.detach()}
+                compared = self._compared(found, clean, part)
+                divergence, gap = divergence + share * compared.divergence, gap + share * compared.gap
+        loss = error + self.config.function_weight * (divergence + self.config.gap_weight * gap)
+        parts = {"weight_error": error, "divergence": divergence, "loss_gap": gap}
+        return {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
 
     def networks(self, part: Batch, noised: Tensor, level: Tensor) -> Networks:
         """A part of a batch as the denoiser takes it, under some noise."""
@@ -83,10 +87,10 @@ class DenoiserTraining(L.LightningModule):
         return [torch.where((level > 0)[:, None], end, part.clean)
                 for (part, _, level), end in zip(earlier, ends, strict=True)]  # fmt: skip
 
-    def _divergence(self, predicted: Tensor, clean: Tensor, part: Batch) -> Tensor:
+    def _compared(self, predicted: Tensor, clean: Tensor, part: Batch) -> Comparison:
         task, codec = self.tasks[part.layout], self.codecs[part.layout]
         generator = stream("function images", self.seed, self.global_step)
-        return task.divergence(
+        return task.compare(
             codec.restore(predicted), codec.restore(clean), self.config.function_images, generator, part.seeds
         )
 

@@ -150,7 +150,7 @@ class Watch(L.Callback):
             trainer.save_checkpoint(self.state.path)
 
     def _log_training(self, step: int, outputs: Any, trainer: L.Trainer) -> None:
-        values = {name: float(outputs[name]) for name in ("loss", "weight_error", "divergence")}
+        values = {name: float(outputs[name]) for name in ("loss", "weight_error", "divergence", "loss_gap")}
         if not math.isfinite(values["loss"]):
             raise MoleError(
                 f"training diverged: the loss is {values['loss']} at step {step}; lower train.learning_rate "

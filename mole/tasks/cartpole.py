@@ -22,7 +22,7 @@ from mole.errors import MoleError
 from mole.seeding import Seeded, derived, stream
 from mole.tasks.batched import batched
 from mole.tasks.networks import Architecture, Policy, mlp, orthogonal
-from mole.tasks.task import Metrics, SplitName, Task
+from mole.tasks.task import Comparison, Metrics, SplitName, Task
 
 GRAVITY, CART_MASS, POLE_MASS, HALF_LENGTH, FORCE, SECONDS = 9.8, 1.0, 0.1, 0.5, 10.0, 0.02
 POSITION_LIMIT, ANGLE_LIMIT = 2.4, 12 * 2 * math.pi / 360
@@ -165,9 +165,9 @@ class CartPole(Task):
     def _judged(self) -> nn.Module:
         return batched(self.network).eval()
 
-    def divergence(
+    def compare(
         self, predicted: Tensor, true: Tensor, count: int, generator: torch.Generator, seeds: Sequence[int]
-    ) -> Tensor:
+    ) -> Comparison:
         box = torch.tensor([POSITION_LIMIT, SPEED, ANGLE_LIMIT, SPEED])
         reach = torch.rand(count, 1, generator=generator)  # many states near rest, where good policies stay
         states = ((2 * torch.rand(count, 4, generator=generator) - 1) * reach * box).to(self.place)
@@ -179,7 +179,7 @@ class CartPole(Task):
             wanted, wide = said(true)  # (N, B), (N, 1)
         mean, log_std = said(predicted)
         apart = ((2 * wide).exp() + (mean - wanted).square()) / (2 * (2 * log_std).exp())
-        return (log_std - wide + apart - 0.5).mean()
+        return Comparison((log_std - wide + apart - 0.5).mean(), torch.zeros_like(mean[0, 0]))
 
     @torch.no_grad()
     def measure(

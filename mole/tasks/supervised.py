@@ -21,7 +21,7 @@ from mole.seeding import stream
 from mole.tasks.batched import batched
 from mole.tasks.networks import Architecture
 from mole.tasks.subtasks import Subtasks, draw
-from mole.tasks.task import Metrics, SplitName, Task
+from mole.tasks.task import Comparison, Metrics, SplitName, Task
 
 
 @dataclass(frozen=True)
@@ -132,18 +132,22 @@ class Classification(Task):
             )
         return replace(self, chosen=architecture)
 
-    def divergence(
+    def compare(
         self, predicted: Tensor, true: Tensor, count: int, generator: torch.Generator, seeds: Sequence[int]
-    ) -> Tensor:
-        index = torch.randint(len(self.train), (count,), generator=generator).to(self.device)
-        images, own, there = self.train.images[index], self.config.subtasks.differ, torch.ones(())
-        if own:  # as each run sees them, (N, B, D); images of labels that a run has never seen do not count
-            images, labels = self.shown(images, self.train.labels[index], seeds)
-            there = (labels >= 0) / (labels >= 0).float().mean(1, keepdim=True).clamp_min(1e-6)
+    ) -> Comparison:
+        index = torch.randint(len(self.train), (len(true), count), generator=generator).to(self.device)
+        images = self.train.images.index_select(0, index.flatten()).unflatten(0, index.shape)  # (N, B, ...)
+        labels = self.train.labels[index]  # (N, B)
+        if self.config.subtasks.differ:  # as each run sees them; of labels that a run has never seen no image counts
+            images, labels = self.shown(images, labels, seeds)
+        there = (labels >= 0).float()
+        there = there / there.sum(1, keepdim=True).clamp_min(1)
         with torch.no_grad():
-            wanted = self.logits(true, images, own=own).log_softmax(-1)  # (N, B, K)
-        found = self.logits(predicted, images, own=own).log_softmax(-1)  # (N, B, K)
-        return (F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1) * there.to(found)).mean()
+            wanted = self.logits(true, images, own=True).log_softmax(-1)  # (N, B, K)
+        found = self.logits(predicted, images, own=True).log_softmax(-1)  # (N, B, K)
+        divergence = F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1)  # (N, B)
+        further = (wanted - found).gather(-1, labels.clamp_min(0)[..., None])[..., 0]  # (N, B): of cross-entropies
+        return Comparison((divergence * there).sum(1).mean(), (further * there).sum(1).abs().mean())
 
     @cached_property
     def _judged(self) -> nn.Module:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Literal, Protocol, Self
+from typing import ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,16 @@ SplitName = Literal["train", "prompt", "test"]
 
 Metrics = dict[str, Tensor]
 """Name to values (N,). Every task has `loss`, which is smaller for better networks."""
+
+
+class Comparison(NamedTuple):
+    """How far networks compute other things than others; scalars, 0 between a network and itself."""
+
+    divergence: Tensor
+    """Mean Kullback-Leibler divergence, in nats, from what the true networks say to what the predicted ones say."""
+    gap: Tensor
+    """Mean distance of the predicted networks' losses from the true ones', each pair on the same inputs; 0 where inputs
+    alone say nothing of the loss."""
 
 
 class Feed(Protocol):
@@ -75,13 +85,13 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def divergence(
+    def compare(
         self, predicted: Tensor, true: Tensor, count: int, generator: torch.Generator, seeds: Sequence[int]
-    ) -> Tensor:
-        """How far networks (N, P) compute other things than `true` ones (N, P): a scalar, differentiable.
+    ) -> Comparison:
+        """How far networks (N, P) compute other things than `true` ones (N, P), differentiable.
 
-        The mean Kullback-Leibler divergence, in nats, from what the true networks say to what the predicted ones say of
-        `count` inputs of the training split; `seeds` are those of the runs (N,), where each has a sub-task of its own.
+        Each pair is given `count` inputs of the training split of its own; `seeds` are those of the runs (N,), where
+        each has a sub-task of its own.
         """
 
     @abstractmethod

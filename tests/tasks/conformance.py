@@ -33,7 +33,7 @@ def check_divergence(task: Task) -> None:
     flat, seeds = task.initial([3, 4]), [3, 4]
 
     def between(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return task.divergence(one, other, 16, torch.Generator().manual_seed(0), seeds)
+        return task.compare(one, other, 16, torch.Generator().manual_seed(0), seeds).divergence
 
     assert float(between(flat, flat)) == pytest.approx(0.0, abs=1e-6)
     moved = (flat + 0.3).requires_grad_()

@@ -133,7 +133,7 @@ def test_divergence_is_that_of_two_gaussians(task: CartPole) -> None:
     last = [name for name in states if name.endswith("bias")][-1]
     true = task.spec.flatten(states | {last: torch.tensor([0.5])})[None]
     predicted = task.spec.flatten(states | {"log_std": torch.tensor([math.log(2)])})[None]
-    found = task.divergence(predicted, true, 8, torch.Generator().manual_seed(0), [0])
+    found = task.compare(predicted, true, 8, torch.Generator().manual_seed(0), [0]).divergence
     assert float(found) == pytest.approx(math.log(2) + (1 + 0.25) / 8 - 0.5, abs=1e-6)
 
 
