@@ -64,20 +64,6 @@ class Block(nn.Module):
         return x + gate2 * self.contract(F.silu(self.expand(y)))  # (B, T, D)
 
 
-class OwnLinear(nn.Module):
-    """A linear layer of its own for every token, for tokens that are all different (chunks)."""
-
-    def __init__(self, tokens: int, inputs: int, outputs: int, *, bias: bool = True) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(tokens, inputs, outputs).uniform_(-1, 1) / sqrt(inputs))
-        self.bias = nn.Parameter(torch.zeros(tokens, outputs)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, outputs) of (B, T, inputs)."""
-        found = torch.einsum("bti,tio->bto", x, self.weight)
-        return found if self.bias is None else found + self.bias
-
-
 class ReadEdges(nn.Module):
     """What nodes learn from the numbers on their edges: a sum over edges, each times a map of the other end."""
 
