@@ -142,7 +142,7 @@ def _timm(name: str) -> nn.Module:
 
 
 def _transformers(name: str) -> nn.Module:
-    return _library("transformers").AutoModel.from_pretrained(name)
+    return _library("transformers").AutoModel.from_pretrained(name, use_safetensors=True)
 
 
 def _library(name: str) -> Any:

@@ -102,6 +102,28 @@ def test_what_is_asked_for_wrongly_is_said_before_any_network_is_loaded(data: tu
         leaderboard({}, data)
 
 
+def test_models_of_the_hub_are_ranked_by_their_names(tmp_path: Path) -> None:
+    """With random weights; a folder stands for a name on the Hub."""
+    images, labels = torch.randn(40, 3, 32, 32), torch.arange(40) % 4
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
+    )
+    transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
+    (candidate,) = candidates(f"transformers:{tmp_path / 'vit'}")
+    board = leaderboard([candidate], (images, labels), scorers=["class_mean"])
+    assert board.rows[0].scores and board.rows[0].provenance["library"] == "transformers"
+
+
+def test_models_of_timm_are_ranked_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = torch.randn(40, 3, 32, 32), torch.arange(40) % 4
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name, pretrained=False))
+    board = leaderboard(candidates("timm:resnet10t"), (images, labels), scorers=["class_mean"])
+    assert board.rows[0].scores and board.rows[0].name == "timm:resnet10t"
+
+
 def test_a_layer_that_some_lack_is_a_row_or_an_error_that_names_them(data: tuple[Tensor, Tensor]) -> None:
     networks = {"short": nn.Sequential(nn.Linear(2, 2)), "long": axis_network(0)}
     board = leaderboard(networks, data, layer="2")
