@@ -3,8 +3,8 @@
     MOLE_DATA=... python benchmarks/rank_quality.py --paper runs/neuralrank --generators runs/digits ...
 
 Repositories: the paper's zoo (made by `benchmarks/neuralrank.py`; truth: transfer accuracy of a new last layer), a
-population of digits networks of mixed width, depth and training length (truth: test accuracy), and networks generated
-for many losses (truth: test accuracy). Scorers read labelled examples that no truth is measured on.
+population of digits and one of MNIST networks of mixed width, depth and training length (truth: test accuracy), and
+networks generated for many losses (truth: test accuracy). Scorers read labelled examples that no truth is measured on.
 """
 
 import argparse
@@ -23,14 +23,21 @@ from torch import Tensor, nn
 import mole
 from mole.checkpoints import train_population
 from mole.config import TaskConfig
-from mole.rank import REGISTRY, Evidence, mean_rank, regret, see, weighted_tau
+from mole.config.sections import TaskName
+from mole.rank import REGISTRY, Evidence, mean_rank, regret, see, weighted_tau, with_the_others
 from mole.seeding import derived
 from mole.tasks import labelled, load_task
 
 EXAMPLES = 300
 """Labelled examples that scorers read."""
-CHEAP = ["neuralrank", "class_mean", "h_score_shrunk", "knn", "logme", "ridge"]
-"""What the ensemble is the mean rank of."""
+ENSEMBLES = {
+    "mean_rank": ["neuralrank", "class_mean", "h_score_shrunk", "knn", "logme", "ridge"],
+    "mean_rank, no labels": ["mutual_information", "kmeans", "coding_rate"],
+}
+"""What they are the mean rank of."""
+
+LENGTHS: dict[TaskName, tuple[int, ...]] = {"digits": (20, 60, 200, 600), "mnist": (20, 60, 200, 600)}
+"""Optimiser steps of the mixed populations."""
 
 Case = tuple[str, dict[str, nn.Module], tuple[Tensor, Tensor], Tensor]
 """Name of the repository, networks, labelled examples, truth (N,)."""
@@ -55,15 +62,15 @@ def paper(folder: Path, seed: int, *, tiny: bool) -> Iterator[Case]:
         yield f"paper's zoo, {target}", networks, (images[scored], labels[scored]), torch.tensor(truth)
 
 
-def population(seed: int, *, tiny: bool) -> Iterator[Case]:
-    """Digits networks of three widths, two depths and four lengths of training, two of each kind."""
-    task = labelled(load_task(TaskConfig(name="digits")))
+def population(name: TaskName, seed: int, *, tiny: bool) -> Iterator[Case]:
+    """Networks of three widths, two depths and several lengths of training, two of each kind."""
+    task = labelled(load_task(TaskConfig(name=name)))
     networks: dict[str, nn.Module] = {}
     truth: list[float] = []
     for width in (4, 16, 48):
         for depth in (1, 2):
-            for steps in (20,) if tiny else (20, 60, 200, 600):
-                config = TaskConfig(name="digits", width=width, depth=depth, steps=steps)
+            for steps in (20,) if tiny else LENGTHS[name]:
+                config = TaskConfig(name=name, width=width, depth=depth, steps=steps)
                 own = task.with_config(config)
                 seeds = [derived(f"population {width} {depth} {steps}", 2 * seed + copy) for copy in (0, 1)]
                 weights = train_population(own, seeds, [steps]).weights
@@ -72,7 +79,8 @@ def population(seed: int, *, tiny: bool) -> Iterator[Case]:
                     network = own.architecture.build(0)
                     network.load_state_dict(own.spec.unflatten(flat))
                     networks[f"{width}x{depth} {steps} {number}"] = network
-    yield "digits, mixed", networks, (task.prompt.images, task.prompt.labels), torch.tensor(truth)
+    data = task.prompt.images[:EXAMPLES], task.prompt.labels[:EXAMPLES]
+    yield f"{name}, mixed", networks, data, torch.tensor(truth)
 
 
 def generated(folder: Path, seed: int) -> Iterator[Case]:
@@ -103,8 +111,12 @@ def judge(case: Case, seed: int) -> dict[str, dict[str, float]]:
         values = torch.tensor([scorer(evidence) for evidence in evidences], dtype=torch.float64)
         scores[name] = values
         found[name] = {"seconds": (time.perf_counter() - began) / len(evidences)}
-    scores["mean_rank"] = mean_rank(torch.stack([scores[name] for name in CHEAP]))
-    found["mean_rank"] = {"seconds": sum(found[name]["seconds"] for name in CHEAP)}
+    for name, parts in ENSEMBLES.items():
+        scores[name] = mean_rank(torch.stack([scores[part] for part in parts]))
+        found[name] = {"seconds": sum(found[part]["seconds"] for part in parts)}
+    if len({s.outputs.shape[1] for s in seen}) == 1:  # answers of one kind
+        scores["agreement"] = with_the_others(torch.stack([s.outputs.argmax(1) for s in seen]))
+        found["agreement"] = {"seconds": 0.0}
     for name, values in scores.items():
         found[name] |= {"tau": weighted_tau(values, truth), "regret": regret(values, truth)}
     found["random"] = {"tau": 0.0, "regret": float(truth.max() - truth.mean()), "seconds": 0.0}
@@ -114,7 +126,7 @@ def judge(case: Case, seed: int) -> dict[str, dict[str, float]]:
 def figure(table: dict[str, dict[str, list[float]]], repositories: list[str], path: Path) -> None:
     drawing = Figure(figsize=(7.6, 6.4), layout="constrained")
     FigureCanvasAgg(drawing)
-    axes, colours = drawing.add_subplot(), ["#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7"]
+    axes, colours = drawing.add_subplot(), ["#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7"]
     for repository, colour in zip(repositories, colours, strict=False):
         for place, values in enumerate(table.values()):
             points = values.get(repository, [])
@@ -140,7 +152,7 @@ def main() -> None:
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
     repositories: list[str] = []
     for seed in range(given.seeds):
-        cases = [*population(seed, tiny=given.tiny)]
+        cases = [case for name in LENGTHS for case in population(name, seed, tiny=given.tiny)]
         cases += [*paper(given.paper, seed, tiny=given.tiny)] if given.paper else []
         cases += [*generated(given.generators[seed % len(given.generators)], seed)] if given.generators else []
         repositories = [case[0] for case in cases]

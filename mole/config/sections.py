@@ -187,6 +187,8 @@ class GeneratorConfig(Section):
     symmetry: Literal["none", "augment", "canonical", "equivariant"] = "equivariant"
     """What is done about interchangeable neurons: nothing, random orders, one order for all by matching to a reference,
     or tokens without a position (neurons and graph only)."""
+    roles: bool = True
+    """Whether interchangeable tokens are assigned different parts to play (equivariant only)."""
     chunk: Count = 64
     """Numbers per token of `chunks`."""
     latent: Count = 128

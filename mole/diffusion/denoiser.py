@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mole.config import GeneratorConfig
 from mole.diffusion.conditions import FEATURES, ConditionEmbedding, Conditions, SetEncoder, fourier
+from mole.diffusion.roles import Roles
 from mole.errors import MoleError
 from mole.representations.structure import OUTPUTS
 from mole.representations.views import Edges, Nodes, Tokens, View
@@ -138,7 +139,9 @@ class Denoiser(nn.Module):
         self.channels = 3 if config.data else 2
         """How often a weight is read: noised, of the start, and as the start's gradient."""
         self.read, self.write, self.keep, self.read_edges, self.write_edges = (nn.ModuleDict() for _ in range(5))
-        self.places = nn.ParameterDict()
+        self.places, self.roles = nn.ParameterDict(), nn.ModuleDict()
+        for kind in _interchangeable(views) if config.roles and not self.positions else ():
+            self.roles[kind.kind] = Roles(len(kind.places), width)
         for view in views:
             for kind in view.nodes:
                 self._learn(kind)
@@ -248,7 +251,7 @@ class Denoiser(nn.Module):
             tokens.append((self._read_nodes(kind, [one.nodes[number] for one in seen]) + place).expand(
                 len(part.level), len(kind.places), -1))  # fmt: skip
         if not view.edges:
-            return tokens
+            return [self._play(*part) for part in zip(view.nodes, tokens, strict=True)]
         messages = [torch.zeros_like(token) for token in tokens]
         for number, kind in enumerate(view.edges):
             read = self.read_edges[_key(kind.part, kind.places.shape[1])]
@@ -256,7 +259,10 @@ class Denoiser(nn.Module):
             back, forth = read(kind, tokens[kind.source], tokens[kind.target], values)
             messages[kind.source] = messages[kind.source] + back
             messages[kind.target] = messages[kind.target] + forth
-        return [t + m for t, m in zip(tokens, messages, strict=True)]
+        return [self._play(kind, t + m) for kind, t, m in zip(view.nodes, tokens, messages, strict=True)]
+
+    def _play(self, kind: Nodes, x: Tensor) -> Tensor:
+        return self.roles[kind.kind](x) if kind.kind in self.roles and not kind.ordered else x
 
     def _read_nodes(self, kind: Nodes, values: list[Tensor]) -> Tensor:
         """(B, T, D) of the numbers (B, T, W) of each input; of nodes without numbers (1, 1, 1), nothing."""
@@ -309,6 +315,13 @@ class Denoiser(nn.Module):
             written.append(found)
             low += size
         return torch.cat(written, -1)
+
+
+def _interchangeable(views: Sequence[View]) -> list[Nodes]:
+    """The largest of each kind of nodes that nothing tells apart; what tells outputs apart are their examples."""
+    found = [kind for view in views for kind in view.nodes]
+    found = [kind for kind in found if not kind.ordered and kind.kind != OUTPUTS and len(kind.places) > 1]
+    return list({kind.kind: kind for kind in sorted(found, key=lambda kind: len(kind.places))}.values())
 
 
 def _parts(kind: Nodes) -> Iterator[tuple[str, int]]:

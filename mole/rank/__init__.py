@@ -1,6 +1,6 @@
 """Which of these networks suits my data? Scorers, and the table that they fill."""
 
-from mole.rank.agreement import kendall_tau, mean_rank, regret, weighted_tau
+from mole.rank.agreement import kendall_tau, mean_rank, regret, weighted_tau, with_the_others
 from mole.rank.features import principal_components, see
 from mole.rank.halving import Halving, successive_halving
 from mole.rank.kept import Row
@@ -14,4 +14,5 @@ __all__ = [
     "REGISTRY", "Candidate", "Evidence", "Halving", "Leaderboard", "Row", "Scorer", "find_scorers",
     "kendall_tau", "layer_scores", "leaderboard", "mean_rank", "principal_components", "regret", "scorer", "see",
     "silhouette", "silhouette_of", "silhouette_samples", "successive_halving", "weighted_tau",
+    "with_the_others",
 ]  # fmt: skip

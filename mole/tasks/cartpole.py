@@ -28,6 +28,8 @@ GRAVITY, CART_MASS, POLE_MASS, HALF_LENGTH, FORCE, SECONDS = 9.8, 1.0, 0.1, 0.5,
 POSITION_LIMIT, ANGLE_LIMIT = 2.4, 12 * 2 * math.pi / 360
 SPEED = 2.0
 """Fastest cart (m/s) and pole (rad/s) among the states that policies are compared in."""
+JUDGED = 0.1
+"""Deviation about the clipped mean actions at which policies are compared, beside their own; the mean is judged."""
 HORIZON = 500
 """Steps after which an episode ends; the highest return."""
 
@@ -179,7 +181,8 @@ class CartPole(Task):
             wanted, wide = said(true)  # (N, B), (N, 1)
         mean, log_std = said(predicted)
         apart = ((2 * wide).exp() + (mean - wanted).square()) / (2 * (2 * log_std).exp())
-        return Comparison((log_std - wide + apart - 0.5).mean(), torch.zeros_like(mean[0, 0]))
+        judged = (mean.clamp(-1, 1) - wanted.clamp(-1, 1)).square() / (2 * JUDGED**2)
+        return Comparison((log_std - wide + apart - 0.5 + judged).mean(), torch.zeros_like(mean[0, 0]))
 
     @torch.no_grad()
     def measure(
