@@ -251,7 +251,7 @@ class Denoiser(nn.Module):
             tokens.append((self._read_nodes(kind, [one.nodes[number] for one in seen]) + place).expand(
                 len(part.level), len(kind.places), -1))  # fmt: skip
         if not view.edges:
-            return [self._play(*part) for part in zip(view.nodes, tokens, strict=True)]
+            return self._with_roles(view, tokens, seen)
         messages = [torch.zeros_like(token) for token in tokens]
         for number, kind in enumerate(view.edges):
             read = self.read_edges[_key(kind.part, kind.places.shape[1])]
@@ -259,10 +259,19 @@ class Denoiser(nn.Module):
             back, forth = read(kind, tokens[kind.source], tokens[kind.target], values)
             messages[kind.source] = messages[kind.source] + back
             messages[kind.target] = messages[kind.target] + forth
-        return [self._play(kind, t + m) for kind, t, m in zip(view.nodes, tokens, messages, strict=True)]
+        return self._with_roles(view, [t + m for t, m in zip(tokens, messages, strict=True)], seen)
 
-    def _play(self, kind: Nodes, x: Tensor) -> Tensor:
-        return self.roles[kind.kind](x) if kind.kind in self.roles and not kind.ordered else x
+    def _with_roles(self, view: View, tokens: list[Tensor], seen: Sequence[Tokens]) -> list[Tensor]:
+        """Interchangeable tokens (B, T, D) with a role each, by the mean of the start's weights, or without a start of
+        the noised ones; nodes without weights by what they have read from their edges."""
+        found = []
+        for number, (kind, x) in enumerate(zip(view.nodes, tokens, strict=True)):
+            if kind.kind in self.roles and not kind.ordered:
+                noised, start = (one.nodes[number] for one in seen[:2])
+                by = (start + 1e-3 * noised).mean(-1) if start.shape[-1] else x.detach().mean(-1)
+                x = x + self.roles[kind.kind](by)
+            found.append(x)
+        return found
 
     def _read_nodes(self, kind: Nodes, values: list[Tensor]) -> Tensor:
         """(B, T, D) of the numbers (B, T, W) of each input; of nodes without numbers (1, 1, 1), nothing."""
