@@ -245,8 +245,9 @@ class TrainConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Largest decay of the moving average of the weights; it is smaller in the first steps."""
     objective: Literal["mean", "energy", "consistency"] = "mean"
-    """How the weights that one evaluation gives are scored: by squared error, by the energy score of two draws (proper
-    at pure noise without `function_weight`), or by where a chain of smaller steps ends (consistency)."""
+    """How what one evaluation gives is scored: by squared error and divergence, least for the mean of what may come
+    true; by the energy scores of two draws, least where draws are distributed as what comes true; or by where a chain
+    of smaller steps ends (consistency)."""
     function_weight: NonNegative = 100.0
     """Weight of the divergence between what the predicted and the true network compute on training images."""
     function_images: Count = 128

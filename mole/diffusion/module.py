@@ -66,7 +66,7 @@ class DenoiserTraining(L.LightningModule):
             else:
                 error = error + share * F.mse_loss(found, clean)
             if self.config.function_weight:
-                compared = self._compared(found, clean, part)
+                compared = self._compared(found, clean, part, predicted[len(batch) + number] if others else None)
                 divergence, gap = divergence + share * compared.divergence, gap + share * compared.gap
         loss = error + self.config.function_weight * (divergence + self.config.gap_weight * gap)
         parts = {"weight_error": error, "divergence": divergence, "loss_gap": gap}
@@ -87,12 +87,13 @@ class DenoiserTraining(L.LightningModule):
         return [torch.where((level > 0)[:, None], end, part.clean)
                 for (part, _, level), end in zip(earlier, ends, strict=True)]  # fmt: skip
 
-    def _compared(self, predicted: Tensor, clean: Tensor, part: Batch) -> Comparison:
+    def _compared(self, predicted: Tensor, clean: Tensor, part: Batch, again: Tensor | None = None) -> Comparison:
         task, codec = self.tasks[part.layout], self.codecs[part.layout]
         generator = stream("function images", self.seed, self.global_step)
         return task.compare(
-            codec.restore(predicted), codec.restore(clean), self.config.function_images, generator, part.seeds
-        )
+            codec.restore(predicted), codec.restore(clean), self.config.function_images, generator, part.seeds,
+            None if again is None else codec.restore(again),
+        )  # fmt: skip
 
     def configure_model(self) -> None:
         """Where processes share the weights, each keeps its part of every block and of the rest."""

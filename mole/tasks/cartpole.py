@@ -168,8 +168,9 @@ class CartPole(Task):
         return batched(self.network).eval()
 
     def compare(
-        self, predicted: Tensor, true: Tensor, count: int, generator: torch.Generator, seeds: Sequence[int]
-    ) -> Comparison:
+        self, predicted: Tensor, true: Tensor, count: int, generator: torch.Generator, seeds: Sequence[int],
+        again: Tensor | None = None,
+    ) -> Comparison:  # fmt: skip
         box = torch.tensor([POSITION_LIMIT, SPEED, ANGLE_LIMIT, SPEED])
         reach = torch.rand(count, 1, generator=generator)  # many states near rest, where good policies stay
         states = ((2 * torch.rand(count, 4, generator=generator) - 1) * reach * box).to(self.place)
@@ -181,6 +182,10 @@ class CartPole(Task):
             wanted, wide = said(true)  # (N, B), (N, 1)
         mean, log_std = said(predicted)
         apart = ((2 * wide).exp() + (mean - wanted).square()) / (2 * (2 * log_std).exp())
+        if again is not None:
+            other, near = said(again)[0], _apart(mean, wanted)
+            score = (near + _apart(other, wanted) - _apart(mean, other)) / 2
+            return Comparison(score.mean() / JUDGED, torch.zeros_like(mean[0, 0]))
         judged = (mean.clamp(-1, 1) - wanted.clamp(-1, 1)).square() / (2 * JUDGED**2)
         return Comparison((log_std - wide + apart - 0.5 + judged).mean(), torch.zeros_like(mean[0, 0]))
 
@@ -205,6 +210,11 @@ class CartPole(Task):
             returns.append(total.mean(1))
         found = torch.cat(returns)
         return {"loss": 1 - found / HORIZON, "return": found}
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """Root-mean-square distance (N,) between clipped actions (N, B)."""
+    return ((one.clamp(-1, 1) - other.clamp(-1, 1)).square().mean(1) + 1e-8).sqrt()
 
 
 def log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
+from math import log, prod
 from typing import Self
 
 import torch
@@ -133,8 +133,9 @@ class Classification(Task):
         return replace(self, chosen=architecture)
 
     def compare(
-        self, predicted: Tensor, true: Tensor, count: int, generator: torch.Generator, seeds: Sequence[int]
-    ) -> Comparison:
+        self, predicted: Tensor, true: Tensor, count: int, generator: torch.Generator, seeds: Sequence[int],
+        again: Tensor | None = None,
+    ) -> Comparison:  # fmt: skip
         index = torch.randint(len(self.train), (len(true), count), generator=generator).to(self.device)
         images = self.train.images.index_select(0, index.flatten()).unflatten(0, index.shape)  # (N, B, ...)
         labels = self.train.labels[index]  # (N, B)
@@ -145,9 +146,14 @@ class Classification(Task):
         with torch.no_grad():
             wanted = self.logits(true, images, own=True).log_softmax(-1)  # (N, B, K)
         found = self.logits(predicted, images, own=True).log_softmax(-1)  # (N, B, K)
-        divergence = F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1)  # (N, B)
+        if again is None:
+            divergence = (_kl(wanted, found) * there).sum(1).mean()
+        else:
+            other = self.logits(again, images, own=True).log_softmax(-1)
+            near = _apart(found, wanted, there) + _apart(other, wanted, there)
+            divergence = (near - _apart(found, other, there)).mean() / 2
         further = (wanted - found).gather(-1, labels.clamp_min(0)[..., None])[..., 0]  # (N, B): of cross-entropies
-        return Comparison((divergence * there).sum(1).mean(), (further * there).sum(1).abs().mean())
+        return Comparison(divergence, (further * there).sum(1).abs().mean())
 
     @cached_property
     def _judged(self) -> nn.Module:
@@ -256,6 +262,19 @@ def labelled(task: Task) -> Classification:
     if not isinstance(task, Classification):
         raise MoleError(f"{task.config.name} has no labelled examples; legal is a task that classifies")
     return task
+
+
+def _kl(true: Tensor, found: Tensor) -> Tensor:
+    """Kullback-Leibler divergence (N, B) between log-probabilities (N, B, K), in nats."""
+    return F.kl_div(found, true, log_target=True, reduction="none").sum(-1)
+
+
+def _apart(one: Tensor, other: Tensor, there: Tensor) -> Tensor:
+    """Distance (N,) between what networks say, log-probabilities (N, B, K), of images with weights (N, B): the root of
+    the mean Jensen-Shannon divergence, a metric that embeds into a Hilbert space, as energy scores need it (Endres &
+    Schindelin 2003; Fuglede & Topsoe 2004)."""
+    middle = torch.logaddexp(one, other) - log(2)
+    return ((_kl(one, middle) + _kl(other, middle)) / 2 * there).sum(1).clamp_min(1e-8).sqrt()
 
 
 def _metrics(logits: Tensor, labels: Tensor) -> Metrics:

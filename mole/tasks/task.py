@@ -27,7 +27,8 @@ class Comparison(NamedTuple):
     """How far networks compute other things than others; scalars, 0 between a network and itself."""
 
     divergence: Tensor
-    """Mean Kullback-Leibler divergence, in nats, from what the true networks say to what the predicted ones say."""
+    """Mean Kullback-Leibler divergence, in nats, from what the true networks say to what the predicted ones say; or of
+    two draws the energy score, a proper scoring rule of distributions (Gneiting & Raftery 2007)."""
     gap: Tensor
     """Mean distance of the predicted networks' losses from the true ones', each pair on the same inputs; 0 where inputs
     alone say nothing of the loss."""
@@ -86,12 +87,14 @@ class Task(ABC):
 
     @abstractmethod
     def compare(
-        self, predicted: Tensor, true: Tensor, count: int, generator: torch.Generator, seeds: Sequence[int]
-    ) -> Comparison:
+        self, predicted: Tensor, true: Tensor, count: int, generator: torch.Generator, seeds: Sequence[int],
+        again: Tensor | None = None,
+    ) -> Comparison:  # fmt: skip
         """How far networks (N, P) compute other things than `true` ones (N, P), differentiable.
 
         Each pair is given `count` inputs of the training split of its own; `seeds` are those of the runs (N,), where
-        each has a sub-task of its own.
+        each has a sub-task of its own. With `again` (N, P), a second draw from where the first was drawn, the
+        divergence is an energy score.
         """
 
     @abstractmethod
