@@ -25,7 +25,7 @@ class Settings(Section):
     """How much is trained and judged: `configs/neuralrank.yaml`."""
 
     seed: Natural = 0
-    steps: Count = 400
+    epochs: Count = 2
     """Of Adam, per network."""
     batch: Count = 100
     learning_rate: Positive = 1e-3
@@ -44,7 +44,7 @@ class Settings(Section):
         return cls.model_validate(yaml.safe_load(path.read_text()))
 
 
-TINY = Settings(steps=2, batch=20, examples=60, probe_steps=2, layer_examples=60)
+TINY = Settings(epochs=1, examples=60, probe_steps=2, layer_examples=60)
 """For a walk through with random images."""
 
 
@@ -99,7 +99,7 @@ def build(name: str) -> nn.Sequential:
 
 def trained(name: str, data: Images, folder: Path, settings: Settings) -> nn.Sequential:
     """From the folder, or trained by Adam and kept there."""
-    path = folder / f"{name}-seed{settings.seed}-{settings.steps}x{settings.batch}.safetensors"
+    path = folder / f"{name}-seed{settings.seed}-{settings.epochs}x{settings.batch}.safetensors"
     with Seeded(derived(f"neuralrank {name}", settings.seed)):
         network = build(name)
         if path.is_file():
@@ -107,7 +107,7 @@ def trained(name: str, data: Images, folder: Path, settings: Settings) -> nn.Seq
             return network.eval()
         images, labels = data.part(name, "train")
         optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
-        for _ in range(settings.steps):
+        for _ in range(settings.epochs * len(images) // settings.batch):
             index = torch.randint(len(images), (settings.batch,))
             optimizer.zero_grad()
             F.cross_entropy(network(images[index]), labels[index]).backward()
