@@ -18,12 +18,11 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from neuralrank_networks import NINE, TINY, Images, Settings, features, trained, transfer_accuracy
+from neuralrank_networks import CONFIG, NINE, TINY, Images, Settings, features, trained, transfer_accuracy
 from torch import Tensor, nn
 
 from mole.rank import kendall_tau, leaderboard, principal_components, see, silhouette, successive_halving
 
-CONFIG = Path(__file__).parent.parent / "configs" / "neuralrank.yaml"
 PAPER: dict[str, dict[str, Any]] = {
     "table 2": {
         "target": "M04", "networks": NINE, "input": 0.346,

@@ -44,6 +44,7 @@ class Settings(Section):
         return cls.model_validate(yaml.safe_load(path.read_text()))
 
 
+CONFIG = Path(__file__).parent.parent / "configs" / "neuralrank.yaml"
 TINY = Settings(epochs=1, examples=60, probe_steps=2, layer_examples=60)
 """For a walk through with random images."""
 
@@ -99,7 +100,8 @@ def build(name: str) -> nn.Sequential:
 
 def trained(name: str, data: Images, folder: Path, settings: Settings) -> nn.Sequential:
     """From the folder, or trained by Adam and kept there."""
-    path = folder / f"{name}-seed{settings.seed}-{settings.epochs}x{settings.batch}.safetensors"
+    recipe = f"seed{settings.seed}-{settings.epochs}x{settings.batch}-{settings.learning_rate:g}{'-tiny' * data.tiny}"
+    path = folder / f"{name}-{recipe}.safetensors"
     with Seeded(derived(f"neuralrank {name}", settings.seed)):
         network = build(name)
         if path.is_file():

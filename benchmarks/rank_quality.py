@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from neuralrank_networks import NINE, TINY, Images, Settings, features, trained, transfer_accuracy
+from neuralrank_networks import CONFIG, NINE, TINY, Images, Settings, features, trained, transfer_accuracy
 from torch import Tensor, nn
 
 import mole
@@ -45,7 +45,7 @@ Case = tuple[str, dict[str, nn.Module], tuple[Tensor, Tensor], Tensor]
 
 def paper(folder: Path, seed: int, *, tiny: bool) -> Iterator[Case]:
     """The nine networks and the nine of one convolution, for two targets."""
-    data, settings = Images(tiny=tiny), TINY if tiny else Settings()
+    data, settings = Images(tiny=tiny), TINY if tiny else Settings.read(CONFIG)
     names = [*NINE, *(f"{name}-lite" for name in NINE)]
     networks: dict[str, nn.Module] = {name: trained(name, data, folder / "networks", settings) for name in names}
     for target in ("M04", "F04"):

@@ -18,6 +18,10 @@ from mole.representations.spec import differences
 from mole.representations.structure import word
 from mole.representations.views import unequal
 
+LOUDEST = 3.0
+"""A tensor of a start that is larger than this, in standard deviations of the training networks, is made smaller: no
+generator has seen such a start, and what training makes of starts hardly depends on their scale."""
+
 
 class Codec(nn.Module):
     """Maps flat weights to normalised codes and back.
@@ -87,6 +91,16 @@ class Codec(nn.Module):
                 f"({', '.join(broken[:5])}); legal there: none, augment, canonical"
             )
         return view
+
+    def quieted(self, flat: Tensor) -> Tensor:
+        """Weights (N, P) whose tensors are not far larger than those of the training networks: one whose root mean
+        square is above `LOUDEST` of their standard deviations is brought to one of them."""
+        found = flat.clone()
+        for entry in self.spec.entries:
+            own, std = slice(entry.offset, entry.stop), self.stds[word(entry)]
+            size = flat[:, own].square().mean(1, keepdim=True).sqrt() / std
+            found[:, own] = torch.where(size > LOUDEST, flat[:, own] / size.clamp_min(1e-12), flat[:, own])
+        return found
 
     def elements(self, flat: Tensor) -> Elements | None:
         """The element that brings each network (N, P) into canonical form; None where none is wanted."""

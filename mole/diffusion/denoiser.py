@@ -263,13 +263,12 @@ class Denoiser(nn.Module):
 
     def _with_roles(self, view: View, tokens: list[Tensor], seen: Sequence[Tokens]) -> list[Tensor]:
         """Interchangeable tokens (B, T, D) with a role each, by the mean of the start's weights, or without a start of
-        the noised ones; nodes without weights by what they have read from their edges."""
+        the noised ones; nodes without weights of their own have none."""
         found = []
         for number, (kind, x) in enumerate(zip(view.nodes, tokens, strict=True)):
-            if kind.kind in self.roles and not kind.ordered:
+            if kind.kind in self.roles and not kind.ordered and kind.places.shape[1]:
                 noised, start = (one.nodes[number] for one in seen[:2])
-                by = (start + 1e-3 * noised).mean(-1) if start.shape[-1] else x.detach().mean(-1)
-                x = x + self.roles[kind.kind](by)
+                x = x + self.roles[kind.kind]((start + 1e-3 * noised).mean(-1))
             found.append(x)
         return found
 
@@ -327,8 +326,8 @@ class Denoiser(nn.Module):
 
 
 def _interchangeable(views: Sequence[View]) -> list[Nodes]:
-    """The largest of each kind of nodes that nothing tells apart; what tells outputs apart are their examples."""
-    found = [kind for view in views for kind in view.nodes]
+    """The largest of each kind of nodes with weights that nothing tells apart; outputs are told by their examples."""
+    found = [kind for view in views for kind in view.nodes if min(kind.places.shape) > 0]
     found = [kind for kind in found if not kind.ordered and kind.kind != OUTPUTS and len(kind.places) > 1]
     return list({kind.kind: kind for kind in sorted(found, key=lambda kind: len(kind.places))}.values())
 

@@ -32,6 +32,7 @@ from mole.diffusion.request import (
     check_starts,
     check_support,
     check_wanted,
+    warn_loud,
     warn_outside,
 )
 from mole.diffusion.samples import Samples
@@ -138,6 +139,7 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         task = self._task_for(architecture)
         seeds = [derived("noise", seed, index) for index in range(n)]
         given, origins = self._starts(starts, task, [derived("fresh start", seed, index) for index in range(n)])
+        warn_loud(self.codec.of(task.spec), given)
         data = check_support(self.card, support, n, self.task)
         request = Request(given, wanted, data, architecture, seeds, evaluations, float(guidance))
         drawn, losses = self._draw(request, task, seeds)
@@ -202,14 +204,14 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
                 conditions = replace(conditions, images=support[0].cpu(), labels=support[1].cpu())
             nothing = torch.zeros(size, codec.size, device=self.device)
             return Asked(nothing, conditions.to(self.device), None, None)
-        starts = request.starts.to(self.device)
+        starts = codec.quieted(request.starts.to(self.device))
         if support is not None:
             measured = labelled(task).judge(starts, support[0].to(self.device), support[1].to(self.device))
         else:
             measured = task.measure(starts, "prompt")
         metrics = {f"start_{name}": values.cpu() for name, values in measured.items()}
         conditions = Conditions.of(names, size, {**{k: v for k, v in metrics.items() if k in names}, **known})
-        elements = codec.elements(request.starts)
+        elements = codec.elements(starts.cpu())
         starts = starts if elements is None else elements.act(starts)
         if support is not None:  # the gradient in the order that the denoiser sees
             conditions = with_data(conditions, codec, task, starts, *(part.to(self.device) for part in support))

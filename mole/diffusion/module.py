@@ -30,9 +30,9 @@ class DenoiserTraining(L.LightningModule):
 
     The loss is the error of the normalised weights (`train.objective`) plus `function_weight` times what the
     two networks compute differently on training images: two weight vectors may lie close together and compute
-    different things. That is the Kullback-Leibler divergence from the predictions of the true network to those of the
-    predicted one, and `gap_weight` times the distance of their losses: of all networks that are about as far from
-    the true one, those are wanted that have the loss that was asked for.
+    different things. That is the divergence of their predictions, and `gap_weight` times the distance of their
+    losses: of all networks that are about as far from the true one, those are wanted that have the loss that was
+    asked for. For `energy` all three are energy scores of two draws.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mole.checkpoints.recipes import CODES
 from mole.diffusion.card import Card
+from mole.diffusion.codec import Codec
 from mole.errors import MoleError, PromptWarning
 from mole.representations import WeightSpec
 from mole.tasks import Architecture, Task, labelled
@@ -108,6 +109,17 @@ def warn_outside(card: Card, wanted: Mapping[str, float]) -> None:
                 PromptWarning,
                 stacklevel=3,
             )
+
+
+def warn_loud(codec: Codec, starts: Tensor | None) -> None:
+    """Say how many starts are larger than any that the generator has seen."""
+    if starts is not None and (loud := int((codec.quieted(starts) != starts).any(1).sum())):
+        warnings.warn(
+            f"{loud} of {len(starts)} starts have weights far larger than the training networks'; these tensors are "
+            "brought to the scale of theirs",
+            PromptWarning,
+            stacklevel=3,
+        )
 
 
 def check_architecture(card: Card, architecture: Any) -> None:

@@ -7,6 +7,7 @@ Dimensions: B networks, T tokens, R roles, D width.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -24,4 +25,5 @@ class Roles(nn.Module):
     def forward(self, numbers: Tensor) -> Tensor:
         """(B, T, D) for numbers (B, T), by which tokens are ranked."""
         rank = numbers.argsort(-1).argsort(-1)  # (B, T)
-        return self.values[(2 * rank + 1) * len(self.values) // (2 * numbers.shape[-1])]
+        index = (2 * rank + 1) * len(self.values) // (2 * numbers.shape[-1])
+        return F.embedding(index, self.values)  # whose gradient is summed in one order, whatever the threads

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mole.errors import MoleError
 from mole.rank.features import LAST_HIDDEN, see
 from mole.rank.request import Candidate, Data, check_request, evidence_of, listed
+from mole.rank.scorers import find_scorers
 from mole.rank.scoring import scored
 
 
@@ -55,7 +56,8 @@ def successive_halving(
     Raises:
         MoleError: there are no networks, labels do not fit, or the first round would have too few examples.
     """
-    (chosen,), candidates = check_request([scorer], data), listed(networks)
+    (chosen,), candidates = find_scorers([scorer]), listed(networks)
+    check_request([scorer], data)
     inputs, labels = data
     count, total = len(inputs), 0
     first = count // 2 ** (rounds - 1)

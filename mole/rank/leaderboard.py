@@ -34,9 +34,9 @@ class Leaderboard:
     by: str
 
     @classmethod
-    def of(cls, rows: Sequence[Row], scorers: Sequence[str], by: str) -> "Leaderboard":
+    def of(cls, rows: Sequence[Row], scorers: Sequence[str], by: str, parts: Sequence[Tensor] = ()) -> "Leaderboard":
         """Rows in order; with their agreement where answers are kept, and the mean rank of several scorers."""
-        rows = _agreeing(rows)
+        rows = _agreeing(rows, parts)
         scorers = [*scorers, *([AGREEMENT] if any(AGREEMENT in row.scores for row in rows) else [])]
         if len(scorers) > 1:
             table = torch.tensor([[row.scores.get(name, float("nan")) for row in rows] for name in scorers],
@@ -153,7 +153,7 @@ def leaderboard(
         raise MoleError(f"layer {layer!r} is not in {', '.join(without)}; legal is a layer of all, or lacking='row'")
     judges = [s.name for s in chosen] + [AGREEMENT] * agreement
     by = scorers[0] if scorers and (scorers[0] != ENSEMBLE or len(judges) > 1) else judges[0]
-    return Leaderboard.of(_marked(rows), [s.name for s in chosen], by)
+    return Leaderboard.of(_marked(rows), [s.name for s in chosen], by, parts)
 
 
 def _row(
@@ -170,7 +170,7 @@ def _row(
         evidence = evidence_of(seen.features[str(layer)], seen.outputs, data[1], seed)
         scores, reasons = scored(scorers, evidence)
         again = resampled(scorers, evidence, parts)
-        if agreement:
+        if agreement and seen.outputs.shape[1] > 1:
             answers, outputs = seen.outputs.argmax(1).tolist(), seen.outputs.shape[1]
     except Exception as error:  # whatever is wrong with one network is not the end of the others
         scores, again = {}, {}
@@ -182,23 +182,31 @@ def _row(
     return row
 
 
-def _agreeing(rows: Sequence[Row]) -> list[Row]:
-    """With the agreement of networks whose answers are of one kind; those with other answers get a reason."""
+def _agreeing(rows: Sequence[Row], parts: Sequence[Tensor]) -> list[Row]:
+    """With the agreement of networks whose answers are of one kind, also on parts of the examples; copies of a network
+    count once, and those with other answers get a reason."""
     kinds = [row.outputs for row in rows if row.answers]
-    if not kinds:
-        return list(rows)
-    kind = max(kinds, key=kinds.count)
-    same = [number for number, row in enumerate(rows) if row.answers and row.outputs == kind]
-    scores = with_the_others(torch.tensor([rows[number].answers for number in same])).tolist()
-    found = [_with_reason(row, kind) if row.answers and row.outputs != kind else row for row in rows]
-    for number, score in zip(same, scores, strict=True):
-        found[number] = replace(rows[number], scores={**rows[number].scores, AGREEMENT: score})
+    kind = max(kinds, key=kinds.count) if kinds else 0
+    first = {row.digest: row for row in rows if row.answers and row.outputs == kind}
+    if len(first) < 2:
+        return [_with_reason(row, "there is no other network to agree with") if row.answers else row for row in rows]
+    answers = torch.tensor([row.answers for row in first.values()])
+    scores = dict(zip(first, with_the_others(answers).tolist(), strict=True))
+    halves = [with_the_others(answers[:, part]) for part in parts]
+    resampled = dict(zip(first, torch.stack(halves, 1).tolist(), strict=True)) if parts else {}
+    found = list[Row]()
+    for row in rows:
+        if row.answers and row.outputs == kind:
+            again = {**row.resampled, AGREEMENT: resampled[row.digest]} if parts else row.resampled
+            found.append(replace(row, scores={**row.scores, AGREEMENT: scores[row.digest]}, resampled=again))
+        else:
+            told = f"{row.outputs} answers where others have {kind}"
+            found.append(_with_reason(row, told) if row.answers else row)
     return found
 
 
-def _with_reason(row: Row, kind: int) -> Row:
-    told = f"{AGREEMENT}: {row.outputs} answers where most networks have {kind}"
-    return replace(row, reason="; ".join(filter(None, (row.reason, told))))
+def _with_reason(row: Row, told: str) -> Row:
+    return replace(row, reason="; ".join(filter(None, (row.reason, f"{AGREEMENT}: {told}"))))
 
 
 def _marked(rows: list[Row]) -> list[Row]:

@@ -149,7 +149,7 @@ def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise MoleError(f"{name} is not installed; pip install {name}") from None
+        raise MoleError(f"{name} is not installed; pip install mole[models]") from None
 
 
 LIBRARIES: dict[str, Callable[[str], nn.Module]] = {"timm": _timm, "transformers": _transformers}

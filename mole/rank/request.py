@@ -57,6 +57,8 @@ def check_request(names: Sequence[str] | None, data: Data) -> list[Scorer]:
         raise MoleError(f"scorers: {ENSEMBLE} needs others to take the mean of")
     has = evidence_of(torch.zeros(len(inputs), 1), torch.zeros(len(inputs), 1), labels, 0).has()
     unfit = [s.name for s in chosen if set(s.needs) - has - {"own classes"}]
+    if AGREEMENT in names and labels is not None and labels.is_floating_point():
+        unfit.append(AGREEMENT)
     if unfit:
         numbers = "numbers; classes are whole ones, of an integer type"
         kind = "none" if labels is None else numbers if labels.is_floating_point() else "classes"

@@ -183,9 +183,9 @@ class CartPole(Task):
         mean, log_std = said(predicted)
         apart = ((2 * wide).exp() + (mean - wanted).square()) / (2 * (2 * log_std).exp())
         if again is not None:
-            other, near = said(again)[0], _apart(mean, wanted)
-            score = (near + _apart(other, wanted) - _apart(mean, other)) / 2
-            return Comparison(score.mean() / JUDGED, torch.zeros_like(mean[0, 0]))
+            first, second, third = (mean, log_std), said(again), (wanted, wide)
+            score = (_apart(first, third) + _apart(second, third) - _apart(first, second)) / 2
+            return Comparison(score.mean(), torch.zeros_like(mean[0, 0]))
         judged = (mean.clamp(-1, 1) - wanted.clamp(-1, 1)).square() / (2 * JUDGED**2)
         return Comparison((log_std - wide + apart - 0.5 + judged).mean(), torch.zeros_like(mean[0, 0]))
 
@@ -212,9 +212,11 @@ class CartPole(Task):
         return {"loss": 1 - found / HORIZON, "return": found}
 
 
-def _apart(one: Tensor, other: Tensor) -> Tensor:
-    """Root-mean-square distance (N,) between clipped actions (N, B)."""
-    return ((one.clamp(-1, 1) - other.clamp(-1, 1)).square().mean(1) + 1e-8).sqrt()
+def _apart(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """Distance (N,) between policies: the root of the mean square, of clipped mean actions (N, B) over `JUDGED` and of
+    log deviations (N, 1)."""
+    acts = ((one[0].clamp(-1, 1) - other[0].clamp(-1, 1)) / JUDGED).square().mean(1)
+    return (acts + (one[1] - other[1]).square().mean(1) + 1e-8).sqrt()
 
 
 def log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:

@@ -152,8 +152,13 @@ class Classification(Task):
             other = self.logits(again, images, own=True).log_softmax(-1)
             near = _apart(found, wanted, there) + _apart(other, wanted, there)
             divergence = (near - _apart(found, other, there)).mean() / 2
-        further = (wanted - found).gather(-1, labels.clamp_min(0)[..., None])[..., 0]  # (N, B): of cross-entropies
-        return Comparison(divergence, (further * there).sum(1).abs().mean())
+        own = labels.clamp_min(0)[..., None]
+        losses = [-(said.gather(-1, own)[..., 0] * there).sum(1) for said in (wanted, found)]  # (N,) each
+        gap = (losses[1] - losses[0]).abs()
+        if again is not None:
+            second = -(other.gather(-1, own)[..., 0] * there).sum(1)
+            gap = (gap + (second - losses[0]).abs() - (second - losses[1]).abs()) / 2
+        return Comparison(divergence, gap.mean())
 
     @cached_property
     def _judged(self) -> nn.Module:

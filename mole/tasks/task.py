@@ -24,14 +24,15 @@ Metrics = dict[str, Tensor]
 
 
 class Comparison(NamedTuple):
-    """How far networks compute other things than others; scalars, 0 between a network and itself."""
+    """How far networks compute other things than others; scalars, 0 between a network and itself up to rounding."""
 
     divergence: Tensor
-    """Mean Kullback-Leibler divergence, in nats, from what the true networks say to what the predicted ones say; or of
-    two draws the energy score, a proper scoring rule of distributions (Gneiting & Raftery 2007)."""
+    """Mean Kullback-Leibler divergence, in nats, from what the true networks say to what the predicted ones say, and
+    whatever a task adds; or of two draws the energy score, a proper scoring rule of distributions (Gneiting & Raftery
+    2007)."""
     gap: Tensor
-    """Mean distance of the predicted networks' losses from the true ones', each pair on the same inputs; 0 where inputs
-    alone say nothing of the loss."""
+    """Mean distance of the predicted networks' losses from the true ones', each pair on the same inputs, or of two
+    draws its energy score; 0 where inputs alone say nothing of the loss."""
 
 
 class Feed(Protocol):
@@ -92,9 +93,9 @@ class Task(ABC):
     ) -> Comparison:  # fmt: skip
         """How far networks (N, P) compute other things than `true` ones (N, P), differentiable.
 
-        Each pair is given `count` inputs of the training split of its own; `seeds` are those of the runs (N,), where
-        each has a sub-task of its own. With `again` (N, P), a second draw from where the first was drawn, the
-        divergence is an energy score.
+        They are given `count` inputs of the training split, or as a task makes them; `seeds` are those of the runs
+        (N,), where each has a sub-task of its own. With `again` (N, P), a second draw from where the first was drawn,
+        both numbers are energy scores.
         """
 
     @abstractmethod

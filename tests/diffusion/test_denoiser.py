@@ -10,6 +10,7 @@ from mole.diffusion.codec import Codec
 from mole.diffusion.conditions import Conditions, SetEncoder, fourier
 from mole.diffusion.denoiser import Denoiser, Networks
 from mole.diffusion.process import noise_level, noise_schedule, reverse
+from mole.diffusion.roles import Roles
 from mole.errors import MoleError
 from mole.representations import View, ViewName, WeightSpec, make_view, neuron_view
 from mole.representations.structure import word
@@ -244,3 +245,37 @@ def test_a_view_that_is_not_equivariant_is_refused_where_that_is_asked_for() -> 
         MoleError, match=r"view neurons of this network is not \(first\.att_src, first\.att_dst\); legal"
     ):
         _ = codec.view
+
+
+def test_neurons_are_ranked_by_their_start_whatever_the_noise(toy: Classification) -> None:
+    view = neuron_view(toy.spec)
+    denoiser, seen = shaken(view), list[torch.Tensor]()
+    (roles,) = denoiser.roles.values()
+    roles.register_forward_hook(lambda _, numbers, __: seen.append(numbers[0].argsort(-1)))
+    start, *noises = torch.randn(3, 2, toy.spec.size, generator=torch.Generator().manual_seed(0)).double()
+    ones, asked = torch.ones(2).double(), conditions(2).double()
+    (hidden,) = (kind for kind in range(len(view.nodes)) if not view.nodes[kind].ordered)
+
+    def means(flat: torch.Tensor) -> torch.Tensor:
+        return view.encode(flat).nodes[hidden].mean(-1).argsort(-1)
+
+    with torch.no_grad():
+        told = [once(denoiser, view, noise, start, ones, asked) for noise in noises]
+        once(denoiser, view, noises[0], torch.zeros_like(start), ones, asked)
+        for parameter in roles.parameters():
+            parameter.zero_()
+        untold = once(denoiser, view, noises[0], start, ones, asked)
+    assert torch.equal(seen[0], means(start)) and torch.equal(seen[1], seen[0])
+    assert torch.equal(seen[2], means(noises[0]))
+    assert float((untold - told[0]).abs().max()) > 1e-3
+
+
+def test_gradients_of_roles_do_not_depend_on_how_threads_race() -> None:
+    layer, threads = Roles(10, 144), torch.get_num_threads()
+    numbers, upstream = torch.rand(64, 10), torch.randn(64, 10, 144)
+    torch.set_num_threads(2)
+    try:
+        found = [torch.autograd.grad(layer(numbers), layer.values, upstream)[0] for _ in range(50)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, found[0]) for gradient in found)

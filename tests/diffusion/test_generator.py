@@ -278,3 +278,20 @@ def test_weights_and_images_that_overflow_are_refused(generator: Generator) -> N
     network = generator.task.architecture.build(0)
     alone, listed = (generator.sample(n=int(np.int64(1)), starts=s, target_loss=1.0) for s in (network, [network]))
     assert torch.equal(alone.flat, listed.flat)
+
+
+def test_starts_far_larger_than_the_training_networks_are_made_smaller(
+    generator: Generator, digits: Classification
+) -> None:
+    """Scales are 0.1: weights of 0.8 are brought to 0.1, what lies within is left alone."""
+    entry = digits.spec.entries[0]
+    starts = digits.initial([5, 6]) * 0.5
+    loud = starts.clone()
+    loud[1, entry.offset : entry.stop] = torch.where(torch.arange(entry.size) % 2 == 0, 0.8, -0.8)
+    quiet = generator.codec.quieted(loud)
+    assert torch.equal(quiet[0], starts[0])
+    torch.testing.assert_close(quiet[1, entry.offset : entry.stop].abs(), torch.full((entry.size,), 0.1))
+    assert torch.equal(quiet[1, entry.stop :], starts[1, entry.stop :])
+    with pytest.warns(PromptWarning, match="1 of 2 starts have weights far larger"):
+        samples = generator.sample(n=2, starts=loud, target_loss=0.15)
+    assert torch.equal(samples.flat, generator.sample(n=2, starts=quiet, target_loss=0.15).flat)

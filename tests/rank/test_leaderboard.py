@@ -156,23 +156,34 @@ def test_without_labels_the_network_that_is_sure_and_varied_wins(data: tuple[Ten
 
 
 def test_agreement_is_how_often_a_network_gives_the_answer_of_another_one(tmp_path: Path) -> None:
-    def constant(answer: int, outputs: int = 2) -> nn.Sequential:
+    def constant(answer: int, outputs: int = 2, size: float = 1.0) -> nn.Sequential:
         network = nn.Sequential(nn.Linear(2, outputs))
         with torch.no_grad():
             network[0].weight.zero_()  # pyright: ignore
-            network[0].bias.copy_(torch.eye(outputs)[answer])  # pyright: ignore
+            network[0].bias.copy_(size * torch.eye(outputs)[answer])  # pyright: ignore
         return network
 
     inputs = torch.randn(12, 2)
-    networks = {"one": constant(1), "zero": constant(0), "also zero": constant(0), "three": constant(0, 3)}
+    networks = {"one": constant(1), "zero": constant(0), "also zero": constant(0, size=2.0), "three": constant(0, 3)}
     board = leaderboard(networks, (inputs, None), scorers=["agreement"], kept=tmp_path / "rows.jsonl")
     found = {row.name: row.scores.get("agreement") for row in board.rows}
     assert found == {"zero": 0.5, "also zero": 0.5, "one": 0.0, "three": None} and board.by == "agreement"
-    assert board.rows[-1].reason == "agreement: 3 answers where most networks have 2"
+    alone = leaderboard({"one": networks["one"]}, (inputs, None), scorers=["agreement"])
+    assert alone.rows[0].reason == "agreement: there is no other network to agree with"
+    assert board.rows[-1].reason == "agreement: 3 answers where others have 2"
+    runs: list[int] = []
+    for network in networks.values():
+        network.register_forward_hook(lambda *_: runs.append(1))
     again = leaderboard(networks, (inputs, None), scorers=["agreement"], kept=tmp_path / "rows.jsonl")
-    assert {row.name: row.scores.get("agreement") for row in again.rows} == found
+    assert {row.name: row.scores.get("agreement") for row in again.rows} == found and not runs
     both = leaderboard(networks, (inputs, None), scorers=["mean_rank", "confidence", "agreement"])
     assert both.by == "mean_rank" and set(both.rows[0].scores) == {"confidence", "agreement", "mean_rank"}
+    resampled = leaderboard(networks, (inputs, None), scorers=["agreement"], bootstrap=4)
+    assert resampled.resampled["zero"].tolist() == [0.5] * 4 and resampled.best_probability()["one"] == 0
+    with pytest.raises(MoleError, match="agreement cannot be had with these labels"):
+        leaderboard(networks, (inputs, torch.randn(12)), scorers=["agreement", "ridge"])
+    with pytest.raises(MoleError, match="no scorer agreement"):
+        successive_halving(networks, (inputs, None), scorer="agreement")
 
 
 def test_bootstrap_says_how_sure_the_order_is(data: tuple[Tensor, Tensor]) -> None:

@@ -41,6 +41,20 @@ def check_divergence(task: Task) -> None:
     (gradient,) = torch.autograd.grad(apart, moved)
     assert apart.item() > 1e-3 and float(between(moved.detach() - 1e-3 * gradient, flat)) < apart.item()
     assert task.with_architecture(task.architecture).spec == task.spec
+    check_energy(task)
+
+
+def check_energy(task: Task) -> None:
+    """Two draws are scored best where they are distributed as what comes true: either of two networks."""
+    a, b = task.initial([3, 4])
+    b = b + 0.3
+    truth, one, other = (torch.stack([(a, b)[i >> place & 1] for i in range(8)]) for place in range(3))
+
+    def score(one: torch.Tensor, other: torch.Tensor) -> list[float]:
+        return [float(part) for part in task.compare(one, truth, 64, torch.Generator().manual_seed(0), [3] * 8, other)]
+
+    drawn, always = score(one, other), score(a.expand(8, -1), a.expand(8, -1))
+    assert drawn[0] < 0.7 * always[0] and (drawn[1] < 0.7 * always[1] or drawn[1] == always[1] == 0)
 
 
 def check_network(task: Task) -> None:

@@ -6,7 +6,7 @@ import torch
 from mole.checkpoints import train_population
 from mole.config import SubtaskConfig, TaskConfig
 from mole.errors import MoleError
-from mole.tasks import Classification, load_task
+from mole.tasks import Classification, labelled, load_task
 from mole.tasks.subtasks import Subtasks, draw
 
 
@@ -91,3 +91,15 @@ def test_the_gradient_is_that_of_the_loss(task: Classification) -> None:
         torch.nn.functional.cross_entropy(network(images[row]), labels[row]).backward()
         slopes = {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
         torch.testing.assert_close(gradient[row], task.spec.flatten(slopes), rtol=1e-4, atol=1e-6)
+
+
+def test_networks_are_compared_on_what_their_runs_see() -> None:
+    """The gap between losses is that of the images and labels of each run's own sub-task."""
+    config = TaskConfig(name="digits", subtasks=SubtaskConfig(labels=[3, 5], rename=True, rotate=90, pixels=0.5))
+    task = labelled(load_task(config))
+    seeds, (one, other) = [5, 6, 7], task.initial([1, 2, 3, 4, 5, 6]).split(3)
+    found = task.compare(one, other, 32, torch.Generator().manual_seed(0), seeds)
+    index = torch.randint(len(task.train), (3, 32), generator=torch.Generator().manual_seed(0))
+    images, labels = task.shown(task.train.images[index], task.train.labels[index], seeds)
+    losses = [task.judge(flat, images, labels)["loss"] for flat in (one, other)]
+    assert float(found.gap) == pytest.approx(float((losses[0] - losses[1]).abs().mean()), abs=1e-6)
