@@ -188,7 +188,8 @@ class GeneratorConfig(Section):
     """What is done about interchangeable neurons: nothing, random orders, one order for all by matching to a reference,
     or tokens without a position (neurons and graph only)."""
     roles: bool = True
-    """Whether interchangeable tokens are told their rank, by a number of their own weights (equivariant only)."""
+    """Whether interchangeable tokens are told their rank, by a number of their own weights (equivariant only, and only
+    where all networks have one layout)."""
     chunk: Count = 64
     """Numbers per token of `chunks`."""
     latent: Count = 128

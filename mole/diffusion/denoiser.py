@@ -140,7 +140,8 @@ class Denoiser(nn.Module):
         """How often a weight is read: noised, of the start, and as the start's gradient."""
         self.read, self.write, self.keep, self.read_edges, self.write_edges = (nn.ModuleDict() for _ in range(5))
         self.places, self.roles = nn.ParameterDict(), nn.ModuleDict()
-        for kind in _interchangeable(views) if config.roles and not self.positions else ():
+        several = len(views) > 1  # ranks among so many do not carry over to ranks among others
+        for kind in _interchangeable(views[0]) if config.roles and not (self.positions or several) else ():
             self.roles[kind.kind] = Roles(len(kind.places), width)
         for view in views:
             for kind in view.nodes:
@@ -325,10 +326,10 @@ class Denoiser(nn.Module):
         return torch.cat(written, -1)
 
 
-def _interchangeable(views: Sequence[View]) -> list[Nodes]:
+def _interchangeable(view: View) -> list[Nodes]:
     """The largest of each kind of nodes with weights that nothing tells apart; outputs are told by their examples."""
-    found = [kind for view in views for kind in view.nodes if min(kind.places.shape) > 0]
-    found = [kind for kind in found if not kind.ordered and kind.kind != OUTPUTS and len(kind.places) > 1]
+    found = [kind for kind in view.nodes if not kind.ordered and kind.kind != OUTPUTS]
+    found = [kind for kind in found if len(kind.places) > 1 and kind.places.shape[1]]
     return list({kind.kind: kind for kind in sorted(found, key=lambda kind: len(kind.places))}.values())
 
 

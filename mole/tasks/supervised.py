@@ -146,19 +146,18 @@ class Classification(Task):
         with torch.no_grad():
             wanted = self.logits(true, images, own=True).log_softmax(-1)  # (N, B, K)
         found = self.logits(predicted, images, own=True).log_softmax(-1)  # (N, B, K)
-        if again is None:
-            divergence = (_kl(wanted, found) * there).sum(1).mean()
-        else:
-            other = self.logits(again, images, own=True).log_softmax(-1)
-            near = _apart(found, wanted, there) + _apart(other, wanted, there)
-            divergence = (near - _apart(found, other, there)).mean() / 2
         own = labels.clamp_min(0)[..., None]
-        losses = [-(said.gather(-1, own)[..., 0] * there).sum(1) for said in (wanted, found)]  # (N,) each
-        gap = (losses[1] - losses[0]).abs()
-        if again is not None:
-            second = -(other.gather(-1, own)[..., 0] * there).sum(1)
-            gap = (gap + (second - losses[0]).abs() - (second - losses[1]).abs()) / 2
-        return Comparison(divergence, gap.mean())
+
+        def loss(said: Tensor) -> Tensor:
+            return -(said.gather(-1, own)[..., 0] * there).sum(1)  # (N,)
+
+        if again is None:
+            return Comparison((_kl(wanted, found) * there).sum(1).mean(), (loss(found) - loss(wanted)).abs().mean())
+        other = self.logits(again, images, own=True).log_softmax(-1)
+        three = (found, other), (found, wanted), (other, wanted)
+        between, near, far = (_apart(one, two, there) for one, two in three)
+        apart, close, wide = ((loss(one) - loss(two)).abs() for one, two in three)
+        return Comparison((near + far - between).mean() / 2, (close + wide - apart).mean() / 2)
 
     @cached_property
     def _judged(self) -> nn.Module:
