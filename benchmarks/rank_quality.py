@@ -24,7 +24,8 @@ import mole
 from mole.checkpoints import train_population
 from mole.config import TaskConfig
 from mole.config.sections import TaskName
-from mole.rank import REGISTRY, Evidence, mean_rank, regret, see, weighted_tau, with_the_others
+from mole.errors import MoleError
+from mole.rank import REGISTRY, Evidence, Scorer, mean_rank, regret, see, weighted_tau, with_the_others
 from mole.seeding import derived
 from mole.tasks import labelled, load_task
 
@@ -98,6 +99,14 @@ def generated(folder: Path, seed: int) -> Iterator[Case]:
         yield name, networks, (task.prompt.images, task.prompt.labels), truth
 
 
+def value(scorer: Scorer, evidence: Evidence) -> float:
+    """The score, or NaN where it cannot be had: of a network whose features do not vary, say."""
+    try:
+        return scorer(evidence)
+    except MoleError:
+        return float("nan")
+
+
 def judge(case: Case, seed: int) -> dict[str, dict[str, float]]:
     """Every scorer on one repository."""
     _, networks, (inputs, labels), truth = case
@@ -108,7 +117,8 @@ def judge(case: Case, seed: int) -> dict[str, dict[str, float]]:
         if case[0].startswith("paper") and "own classes" in scorer.needs:
             continue  # most of these networks were trained for other classes
         began = time.perf_counter()
-        values = torch.tensor([scorer(evidence) for evidence in evidences], dtype=torch.float64)
+        values = torch.tensor([value(scorer, evidence) for evidence in evidences], dtype=torch.float64)
+        values = values.nan_to_num(nan=float(values.nan_to_num(nan=torch.inf).min()) - 1)  # last
         scores[name] = values
         found[name] = {"seconds": (time.perf_counter() - began) / len(evidences)}
     for name, parts in ENSEMBLES.items():

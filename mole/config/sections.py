@@ -320,7 +320,7 @@ class RankConfig(Section):
     """How the generated networks are screened."""
 
     scorers: Annotated[list[ScorerName], Field(min_length=1)] = [
-        "neuralrank", "class_mean", "h_score_shrunk", "minus_loss"
+        "class_mean", "neuralrank", "nce", "minus_loss"
     ]  # fmt: skip
     """By name; the first one decides, the others are reported beside it."""
 

@@ -17,7 +17,7 @@ from mole.rank.scorers import Evidence, Scorer, find_scorers
 Data = tuple[Tensor, Tensor | None]
 """Inputs (n, ...), and labels (n,) int64, numbers to be told (n,) or (n, T), or nothing."""
 
-LABELLED = ("neuralrank", "silhouette", "class_mean", "h_score_shrunk", "knn", "logme")
+LABELLED = ("class_mean", "neuralrank", "nce", "knn", "logme")
 UNLABELLED = ("mutual_information", "kmeans", "confidence")
 TARGETS = ("ridge", "logme")
 ENSEMBLE = "mean_rank"
