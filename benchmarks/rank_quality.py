@@ -146,7 +146,7 @@ def figure(table: dict[str, dict[str, list[float]]], repositories: list[str], pa
     axes.invert_yaxis()
     axes.axvline(0, color="0.6", linestyle=":")
     axes.set(xlabel="weighted Kendall tau with the truth, one point per seed")
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     drawing.savefig(path, dpi=150)
 
 
