@@ -94,7 +94,10 @@ class Codec(nn.Module):
 
     def quieted(self, flat: Tensor) -> Tensor:
         """Weights (N, P) whose tensors are not far larger than those of the training networks: one whose root mean
-        square is above `LOUDEST` of their standard deviations is brought to one of them."""
+        square is above `LOUDEST` of their standard deviations is brought to one of them. Where one scale is for all
+        tensors (G.pt), nothing is done."""
+        if self.config.scale == "global":
+            return flat
         found = flat.clone()
         for entry in self.spec.entries:
             own, std = slice(entry.offset, entry.stop), self.stds[word(entry)]

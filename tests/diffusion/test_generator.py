@@ -290,6 +290,8 @@ def test_starts_far_larger_than_the_training_networks_are_made_smaller(
     loud[1, entry.offset : entry.stop] = torch.where(torch.arange(entry.size) % 2 == 0, 0.8, -0.8)
     quiet = generator.codec.quieted(loud)
     assert torch.equal(quiet[0], starts[0])
+    one_scale = generator.codec.config.model_copy(update={"scale": "global"})
+    assert torch.equal(Codec(digits.spec, one_scale, generator.card.scales).quieted(loud), loud)
     torch.testing.assert_close(quiet[1, entry.offset : entry.stop].abs(), torch.full((entry.size,), 0.1))
     assert torch.equal(quiet[1, entry.stop :], starts[1, entry.stop :])
     with pytest.warns(PromptWarning, match="1 of 2 starts have weights far larger"):
