@@ -15,6 +15,8 @@ from mole.config import TaskConfig
 from mole.tasks import Classification, Split, load_task
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - {ROOT / "configs" / "neuralrank.yaml"})
+"""Of jobs; that one is a benchmark's."""
 
 torch.set_num_threads(1)  # networks here are tiny: on a machine with other work, threads wait for each other
 

@@ -5,8 +5,7 @@ import pytest
 from mole.config import Config, keys, load, to_yaml
 from mole.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - {ROOT / "configs" / "neuralrank.yaml"})  # not a job
+from .conftest import CONFIGS
 
 
 def write(folder: Path, name: str, text: str) -> Path:

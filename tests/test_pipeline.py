@@ -19,9 +19,7 @@ import mole
 from mole.files import file_digest, read_json
 from mole.provenance import Ledger
 
-from .conftest import ROOT, run_command
-
-CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - {ROOT / "configs" / "neuralrank.yaml"})  # not a job
+from .conftest import CONFIGS, ROOT, run_command
 
 REPORT = {
     "harvest": "runs checkpoints parameters seconds checkpoints_per_second",

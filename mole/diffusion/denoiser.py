@@ -251,8 +251,6 @@ class Denoiser(nn.Module):
             place = self._placed(kind, conditions) + self.depth(fourier(part.level.new_tensor([kind.depth])))
             tokens.append((self._read_nodes(kind, [one.nodes[number] for one in seen]) + place).expand(
                 len(part.level), len(kind.places), -1))  # fmt: skip
-        if not view.edges:
-            return self._with_roles(view, tokens, seen)
         messages = [torch.zeros_like(token) for token in tokens]
         for number, kind in enumerate(view.edges):
             read = self.read_edges[_key(kind.part, kind.places.shape[1])]

@@ -181,11 +181,11 @@ class CartPole(Task):
         with torch.no_grad():
             wanted, wide = said(true)  # (N, B), (N, 1)
         mean, log_std = said(predicted)
-        apart = ((2 * wide).exp() + (mean - wanted).square()) / (2 * (2 * log_std).exp())
         if again is not None:
             first, second, third = (mean, log_std), said(again), (wanted, wide)
             score = (_apart(first, third) + _apart(second, third) - _apart(first, second)) / 2
             return Comparison(score.mean(), torch.zeros_like(mean[0, 0]))
+        apart = ((2 * wide).exp() + (mean - wanted).square()) / (2 * (2 * log_std).exp())
         judged = (mean.clamp(-1, 1) - wanted.clamp(-1, 1)).square() / (2 * JUDGED**2)
         return Comparison((log_std - wide + apart - 0.5 + judged).mean(), torch.zeros_like(mean[0, 0]))
 
