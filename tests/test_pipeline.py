@@ -357,6 +357,7 @@ def test_killed_in_any_stage_the_same_command_ends_as_if_nothing_had_happened(ti
 
 INTERRUPT = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from mole.diffusion import watch
 save = watch.Watch._save
 def interrupt(self, trainer):
