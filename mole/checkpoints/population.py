@@ -21,7 +21,7 @@ from mole.config import TaskConfig
 from mole.errors import MoleError, VectorisationWarning
 from mole.seeding import derived
 from mole.tasks import Task
-from mole.tasks.batched import advance_keys, dropout_keys
+from mole.tasks.batched import advance_keys, dropout_keys, singly
 
 logger = logging.getLogger("mole")
 
@@ -187,6 +187,9 @@ class _Population:
 
     def _first_losses(self, batch: tuple[Tensor, ...]) -> Tensor:
         """The first step decides how losses are computed: batched, or one by one where that cannot be."""
+        if singly(self.task.template, self.task.device):
+            self.batched_losses = self._one_by_one
+            return self._tried(batch)
         buffers = {name: t.clone() for name, t in self.state.items() if name not in self.trained}
         batched = vmap(self.task.loss)
         if self.compiled:
@@ -229,13 +232,13 @@ class _Population:
             self.state[name].copy_(tensor)
 
     def _one_by_one(self, state: dict[str, Tensor], *batch: Tensor) -> Tensor:
-        """Losses without `vmap`: slower, and without its limits. What a run draws depends on its seed and step."""
-        found = []
+        """Losses without `vmap` and its limits. What a run draws depends on its seed and step."""
+        found, parts = [], {name: tensor.unbind() for name, tensor in state.items()}
         devices = [self.task.device] if self.task.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             for i, seed in enumerate(self.seeds.tolist()):
                 torch.manual_seed(derived("a step of its own", seed, self.taken))
-                found.append(self.task.loss({k: v[i] for k, v in state.items()}, *(part[i] for part in batch)))
+                found.append(self.task.loss({name: part[i] for name, part in parts.items()}, *(t[i] for t in batch)))
         return torch.stack(found)
 
     def _clip(self, largest: float) -> None:

@@ -18,7 +18,7 @@ from torch.func import functional_call, vmap
 from mole.config import TaskConfig
 from mole.errors import MoleError
 from mole.seeding import stream
-from mole.tasks.batched import batched
+from mole.tasks.batched import batched, singly
 from mole.tasks.networks import Architecture
 from mole.tasks.subtasks import Subtasks, draw
 from mole.tasks.task import Comparison, Metrics, SplitName, Task
@@ -178,6 +178,9 @@ class Classification(Task):
         def forward(weights: Tensor, images: Tensor) -> Tensor:
             return functional_call(network, spec.unflatten(weights), (images,))
 
+        if singly(network, flat.device):
+            each = images if own else [images] * len(flat)
+            return torch.stack([forward(*pair) for pair in zip(flat.unbind(), each, strict=True)])
         with warnings.catch_warnings():  # vmap announces operators without a batching rule of their own
             warnings.simplefilter("ignore", UserWarning)
             return vmap(forward, in_dims=(0, 0 if own else None))(flat, images)
@@ -362,11 +365,12 @@ class DataOrder:
 
         Source: the released code of Peebles et al. 2022, whose crops exclude the last offset.
         """
-        size, _, height, width = images.shape
+        size, channels, height, width = images.shape
         flip = torch.rand(size, generator=self.generator) < 0.5
-        down, right = torch.randint(0, 2 * pad, (2, size, 1), generator=self.generator).to(images.device)
-        padded = F.pad(torch.where(flip.to(images.device)[:, None, None, None], images.flip(-1), images), [pad] * 4)
-        rows = down + torch.arange(height, device=images.device)  # (B, H)
-        columns = right + torch.arange(width, device=images.device)  # (B, W)
-        which = torch.arange(size, device=images.device)[:, None, None]
-        return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        down, right = torch.randint(0, 2 * pad, (2, size, 1), generator=self.generator)
+        broad = width + 2 * pad
+        rows, columns = down + torch.arange(height), right + torch.arange(width)  # (B, H), (B, W)
+        columns = torch.where(flip[:, None], broad - 1 - columns, columns)
+        places = (rows[:, :, None] * broad + columns[:, None, :]).flatten(1).to(images.device)  # (B, H * W)
+        padded = F.pad(images, [pad] * 4).flatten(2)
+        return padded.gather(2, places[:, None].expand(-1, channels, -1)).unflatten(2, (height, width))

@@ -77,6 +77,15 @@ class Normed(nn.Sequential):
         super().__init__(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.GELU(), nn.Linear(6, 3))
 
 
+class Convolved(nn.Sequential):
+    """A convolution over the five numbers; such networks run one after the other on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Unflatten(1, (1, 1, 5)), nn.Conv2d(1, 2, (1, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(6, 3)
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("build", "changes"),
     [
@@ -90,8 +99,9 @@ class Normed(nn.Sequential):
             Normed,
             {"optimizer": "sgd", "learning_rate": 0.05},
         ),  # Adam would blow up the rounding of a bias before a norm,
+        (Convolved, {"weight_decay": 0.01}),
     ],
-    ids=["adam", "sgd", "deep", "clipped", "part", "small batches", "batch norm"],
+    ids=["adam", "sgd", "deep", "clipped", "part", "small batches", "batch norm", "convolutions"],
 )
 def test_a_population_equals_the_loop_over_its_members(
     toy: Classification, build: type[nn.Module] | None, changes: dict[str, object]
@@ -112,7 +122,7 @@ class Dropped(nn.Sequential):
 
 
 def test_a_run_does_not_depend_on_its_neighbours_not_even_with_dropout(toy: Classification) -> None:
-    for build in (None, Normed, Dropped):
+    for build in (None, Normed, Dropped, Convolved):
         task = with_network(toy, build, optimizer="sgd", learning_rate=0.05)
         together, alone = train_population(task, [1, 2, 3], [12]), train_population(task, [2], [12])
         torch.testing.assert_close(together.weights[1], alone.weights[0], rtol=1e-4, atol=1e-6)

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mole.config import TaskConfig
 from mole.config.sections import TaskName
 from mole.errors import CorruptFileError, MoleError
-from mole.tasks import Classification, archives, load_task
-from mole.tasks.supervised import DataOrder, cross_entropy
+from mole.tasks import Architecture, Classification, archives, load_task
+from mole.tasks.batched import singly
+from mole.tasks.supervised import DataOrder, Split, cross_entropy
 
 from .conformance import check_task
 
@@ -113,6 +115,20 @@ def test_a_choice_of_labels_leaves_only_their_images_in_every_split(toy: Classif
         toy.with_config(toy.config.model_copy(update={"labels": [0, 7]}))
     with pytest.raises(MoleError, match="only labels"):
         task.with_config(toy.config)
+
+
+def test_convolutions_are_computed_singly_on_a_cpu_and_as_their_own_modules_would() -> None:
+    network = Architecture(kind="convnet", widths=[3, 2, 4, 3]).build(seed=0)
+    assert singly(network, torch.device("cpu")) and not singly(network, torch.device("cuda"))
+    assert not singly(nn.Linear(2, 2), torch.device("cpu"))
+    images = Split(torch.randn(6, 3, 8, 8), torch.arange(6) % 3)
+    task = Classification(TaskConfig(width=2, depth=2), images, images, images, classes=3)
+    flat = task.initial([1, 2])
+    own = torch.stack([images.images, images.images.flip(0)])
+    with torch.no_grad():
+        alone = [task.architecture.build(seed)(batch) for seed, batch in zip([1, 2], own, strict=True)]
+    torch.testing.assert_close(task.logits(flat, own, own=True), torch.stack(alone))
+    torch.testing.assert_close(task.logits(flat, images.images)[1], alone[1].flip(0))
 
 
 def test_augmented_images_are_mirrored_and_shifted_by_hand_checked_offsets(toy: Classification) -> None:
