@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from neuralrank_networks import CONFIG, NINE, TINY, Images, Settings, features, trained, transfer_accuracy
 from torch import Tensor, nn
 
-from mole.rank import kendall_tau, leaderboard, principal_components, see, silhouette, successive_halving
+from mole.rank import kendall_tau, principal_components, see, silhouette, successive_halving
 
 PAPER: dict[str, dict[str, Any]] = {
     "table 2": {
@@ -90,12 +90,14 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Zoo:
-    """The trained networks and what they make of targets, computed once."""
+    """The trained networks and what they make of targets, each computed once."""
 
     networks: dict[str, nn.Module]
     data: Images
     settings: Settings
     known: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
+    components: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    accuracies: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def seen(self, name: str, target: str, split: str = "test") -> tuple[Tensor, Tensor]:
         """Features (n, D) of the last hidden layer, and labels (n,)."""
@@ -106,15 +108,19 @@ class Zoo:
             self.known[name, target, split] = features(self.networks[name], images)
         return self.known[name, target, split], labels
 
-    def score(self, name: str, target: str) -> float:
-        """neuralRank."""
+    def score(self, name: str, target: str, count: int | None = None) -> float:
+        """neuralRank of so many components."""
         seen, labels = self.seen(name, target)
-        return silhouette(principal_components(seen, self.settings.components), labels)
+        if (name, target) not in self.components:
+            self.components[name, target] = principal_components(seen, max(DIMENSIONS))
+        return silhouette(self.components[name, target][:, : count or self.settings.components], labels)
 
     def accuracy(self, name: str, target: str) -> float:
         """Of a new last layer."""
-        train, test = self.seen(name, target, "train"), self.seen(name, target)
-        return transfer_accuracy(train, test, self.settings, self.settings.seed)
+        if (name, target) not in self.accuracies:
+            train, test = self.seen(name, target, "train"), self.seen(name, target)
+            self.accuracies[name, target] = transfer_accuracy(train, test, self.settings, self.settings.seed)
+        return self.accuracies[name, target]
 
 
 def compared(title: str, table: dict[str, Any], zoo: Zoo) -> dict[str, Any]:
@@ -175,19 +181,14 @@ def halving(target: str, zoo: Zoo) -> dict[str, Any]:
     """Does successive halving find the best of all networks, and at what share of the evaluations?"""
     data, seed = zoo.data.part(target, "test"), zoo.settings.seed
     found = successive_halving(zoo.networks, data, seed=seed)
-    names = [row.name for row in leaderboard(zoo.networks, data, scorers=["neuralrank"]).rows]
+    names = sorted(zoo.networks, key=lambda name: -zoo.score(name, target))
     place = names.index(found.order[0]) + 1
     return {"share": found.share, "best": found.order[0], "best_of_all": names[0], "place": place}
 
 
 def by_dimension(target: str, zoo: Zoo) -> dict[str, list[float]]:
     """Figure 2: the scores of the nine networks by the number of components."""
-    found = {}
-    for name in NINE:
-        seen, labels = zoo.seen(name, target)
-        reduced = principal_components(seen, max(DIMENSIONS))
-        found[name] = [silhouette(reduced[:, :count], labels) for count in DIMENSIONS]
-    return found
+    return {name: [zoo.score(name, target, count) for count in DIMENSIONS] for name in NINE}
 
 
 def dimensions_figure(scores: dict[str, dict[str, list[float]]], path: Path) -> None:

@@ -245,10 +245,10 @@ class TrainConfig(Section):
     gradient_clip: Positive = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Largest decay of the moving average of the weights; it is smaller in the first steps."""
-    objective: Literal["mean", "energy", "consistency"] = "mean"
-    """How what one evaluation gives is scored: by squared error and divergence, least for the mean of what may come
-    true; by the energy scores of two draws, least where draws are distributed as what comes true; or by where a chain
-    of smaller steps ends (consistency)."""
+    objective: Literal["energy", "mean", "consistency"] = "energy"
+    """How what one evaluation gives is scored: by the energy scores of two draws, least where draws are distributed as
+    what comes true; by squared error and divergence, least for the mean of what may come true; or by where a chain of
+    smaller steps ends (consistency)."""
     function_weight: NonNegative = 100.0
     """Weight of the divergence between what the predicted and the true network compute on training images."""
     function_images: Count = 128

@@ -52,6 +52,10 @@ class Conditions:
         """In float64, for tests of exactness."""
         return self._each(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
+    def part(self, rows: Tensor) -> "Conditions":
+        """Those of some rows: a mask (B,)."""
+        return self._each(lambda tensor: tensor[rows])
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Conditions":
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}

@@ -28,11 +28,12 @@ from mole.tasks import Comparison, Task
 class DenoiserTraining(L.LightningModule):
     """Clean-weight prediction, judged in weight space and in function space.
 
-    The loss is the error of the normalised weights (`train.objective`) plus `function_weight` times what the
-    two networks compute differently on training images: two weight vectors may lie close together and compute
-    different things. That is the divergence of their predictions, and `gap_weight` times the distance of their
-    losses: of all networks that are about as far from the true one, those are wanted that have the loss that was
-    asked for. For `energy` all three are energy scores of two draws.
+    The loss is the squared error of the normalised weights plus `function_weight` times what the two networks
+    compute differently on training images: two weight vectors may lie close together and compute different things.
+    That is the divergence of their predictions, and `gap_weight` times the distance of their losses: of all networks
+    that are about as far from the true one, those are wanted that have the loss that was asked for. For `energy`, what
+    comes from pure noise is scored by the energy scores of two draws instead, over distances that are the roots of
+    error and divergence; so their weight is the root of `function_weight`.
     """
 
     def __init__(
@@ -56,19 +57,21 @@ class DenoiserTraining(L.LightningModule):
         networks = [self.networks(part, part.noised, part.level) for part in batch]
         others = [self.networks(part, part.again, part.level) for part in batch if part.again is not None]
         predicted = self.denoiser([*networks, *others])  # (B, P) per part
-        error, divergence, gap = (torch.zeros_like(predicted[0][0, 0]) for _ in range(3))
+        second = iter(predicted[len(batch) :])
+        again = [None if part.again is None else next(second) for part in batch]
+        loss, error, divergence, gap = (torch.zeros_like(predicted[0][0, 0]) for _ in range(4))
         wanted = self._ends(batch)
         for number, part in enumerate(batch):
             share = len(part.level) / sum(len(other.level) for other in batch)
             found, clean = predicted[number], wanted[number]
-            if others:
-                error = error + share * _energy(found, predicted[len(batch) + number], clean)
-            else:
-                error = error + share * F.mse_loss(found, clean)
+            other = again[number]
+            own = F.mse_loss(found, clean) if other is None else _energy(found, other, clean)
+            loss, error = loss + share * own, error + share * own
             if self.config.function_weight:
-                compared = self._compared(found, clean, part, predicted[len(batch) + number] if others else None)
+                compared = self._compared(found, clean, part, other)
+                weight = self.config.function_weight if other is None else math.sqrt(self.config.function_weight)
+                loss = loss + share * weight * (compared.divergence + self.config.gap_weight * compared.gap)
                 divergence, gap = divergence + share * compared.divergence, gap + share * compared.gap
-        loss = error + self.config.function_weight * (divergence + self.config.gap_weight * gap)
         parts = {"weight_error": error, "divergence": divergence, "loss_gap": gap}
         return {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
 

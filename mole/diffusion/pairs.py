@@ -51,9 +51,15 @@ class Batch(NamedTuple):
     conditions: Conditions
     seeds: list[int]
     again: Tensor | None = None
-    """(B, P): the same networks under other noise of the same level; for `energy`."""
+    """(B, P): other pure noise, where the part is of pure noise; for `energy`."""
     earlier: tuple[Tensor, Tensor] | None = None
     """(B, P) and levels (B,): under the same noise at a lower level, or without noise; for `consistency`."""
+
+    def rows(self, chosen: Tensor) -> "Batch":
+        """The part of it where a mask (B,) says so; not for `consistency`."""
+        seeds = [seed for seed, kept in zip(self.seeds, chosen.tolist(), strict=True) if kept]
+        noised, start, clean, level = (each[chosen] for each in (self.noised, self.start, self.clean, self.level))
+        return Batch(self.layout, noised, start, clean, level, self.conditions.part(chosen), seeds)
 
 
 class PairSource(Protocol):
@@ -301,7 +307,17 @@ class PairBatches(IterableDataset[list[Batch]]):
         Where several processes train together, each draws its own part.
         """
         generator = stream("pairs", self.seed, step, self.rank)
-        return [self._noised(*part, step, generator) for part in self.source.pairs(self.config, generator)]
+        parts = [self._noised(*part, step, generator) for part in self.source.pairs(self.config, generator)]
+        if self.config.objective != "energy":
+            return parts
+        return [one for part in parts for one in self._drawn(part, generator)]
+
+    def _drawn(self, part: Batch, generator: torch.Generator) -> list[Batch]:
+        """A part in two: what is pure noise is drawn twice; the rest is denoised, noise alone does not decide it."""
+        pure = part.level == 1
+        drawn, rest = part.rows(pure), part.rows(~pure)
+        again = torch.randn(drawn.noised.shape, generator=generator)
+        return [one for one in (drawn._replace(again=again), rest) if len(one.level)]
 
     def _noised(self, layout: int, pairs: Pairs, step: int, generator: torch.Generator) -> Batch:
         config, codec, size = self.config, self.codecs[layout], len(pairs.start)
@@ -321,16 +337,13 @@ class PairBatches(IterableDataset[list[Batch]]):
         noise = torch.randn(clean.shape, generator=generator)
         noised = self.schedule.add_noise(clean, noise, cast(torch.IntTensor, timestep))
         level = noise_level(self.schedule, timestep)
-        again = earlier = None
-        if config.objective == "energy":
-            other = torch.randn(clean.shape, generator=generator)
-            again = self.schedule.add_noise(clean, other, cast(torch.IntTensor, timestep))
+        earlier = None
         if config.objective == "consistency":
             before = timestep - max(1, round(self._gap(step) * (last + 1)))
             there, lower = before >= 0, cast(torch.IntTensor, before.clamp_min(0))
             less = torch.where(there[:, None], self.schedule.add_noise(clean, noise, lower), clean)
             earlier = less, torch.where(there, noise_level(self.schedule, lower), 0.0)
-        return Batch(layout, noised, start, clean, level, conditions, pairs.seeds, again, earlier)
+        return Batch(layout, noised, start, clean, level, conditions, pairs.seeds, earlier=earlier)
 
     def _gap(self, step: int) -> float:
         """Distance between two levels of a chain of consistent predictions: it halves from 1/2 to 1/32 (Song &

@@ -11,6 +11,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
+from mole.seeding import stream
+
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(noised (B, P), level (B,)) -> clean weights (B, P), normalised."""
 
@@ -66,7 +68,7 @@ def reverse(
     schedule.set_timesteps(evaluations)
     more: dict[str, Any] = {}
     if kind == "linear":
-        more["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        more["generator"] = [stream("ancestral steps", seed) for seed in seeds]
     sample = noise
     for timestep in schedule.timesteps:
         level = noise_level(schedule, timestep).to(noise).expand(len(noise))

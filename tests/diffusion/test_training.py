@@ -25,7 +25,7 @@ CONFIG = load(
     [
         ("train.steps", "12"), ("train.batch_size", "8"), ("train.checkpoint_every", "4"), ("train.log_every", "3"),
         ("train.validate_every", "6"), ("generator.width", "16"), ("generator.layers", "1"), ("generator.heads", "2"),
-        ("train.function_images", "8"), ("train.warmup_steps", "2"),
+        ("train.function_images", "8"), ("train.warmup_steps", "2"), ("train.objective", "mean"),
     ],
 )  # fmt: skip
 
@@ -188,7 +188,7 @@ def test_every_view_trains_saves_loads_and_draws(
     assert torch.equal(again.draw(request).flat, made.draw(request).flat)
 
 
-def replace_train(config: Config, **values: float) -> Config:
+def replace_train(config: Config, **values: float | str) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update=values)})
 
 
@@ -250,6 +250,22 @@ def test_every_objective_trains_and_resumes_bit_for_bit(
     mean = CONFIG.model_copy(update={"train": config.train.model_copy(update={"objective": "mean"})})
     plain, _ = train(mean, toy, zoo, tmp_path / "c.ckpt")
     assert any(not torch.equal(whole[name], plain[name]) for name in whole)
+
+
+def test_for_energy_pure_noise_is_drawn_twice_and_the_rest_is_denoised(source: ZooPairs) -> None:
+    config = replace_train(CONFIG, objective="energy")
+    for step in range(4):
+        plain = batch_of(source, step)
+        drawn, rest = batches(source, config).batch(step)
+        pure = plain.level == 1
+        assert rest.again is None and bool((rest.level < 1).all()) and torch.equal(rest.clean, plain.clean[~pure])
+        assert drawn.again is not None and torch.equal(drawn.clean, plain.clean[pure])
+        assert bool((drawn.level == 1).all()) and drawn.seeds + rest.seeds != []
+        assert [*drawn.seeds] == [seed for seed, one in zip(plain.seeds, pure.tolist(), strict=True) if one]
+        correlation = torch.corrcoef(torch.stack([drawn.again.flatten(), drawn.noised.flatten()]))[0, 1]
+        assert abs(float(correlation)) < 0.3 and float(drawn.again.std()) == pytest.approx(1, abs=0.2)
+    (only,) = batches(source, replace_train(config, one_pass_fraction=1.0)).batch(0)
+    assert only.again is not None and len(only.level) == 8
 
 
 def test_the_energy_score_is_least_for_the_true_distribution() -> None:
