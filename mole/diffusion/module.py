@@ -22,7 +22,7 @@ from mole.diffusion.denoiser import Networks
 from mole.diffusion.models import AnyDenoiser
 from mole.diffusion.pairs import Batch
 from mole.seeding import stream
-from mole.tasks import Comparison, Task
+from mole.tasks import Comparison, Task, energy_score
 
 
 class DenoiserTraining(L.LightningModule):
@@ -65,7 +65,7 @@ class DenoiserTraining(L.LightningModule):
             share = len(part.level) / sum(len(other.level) for other in batch)
             found, clean = predicted[number], wanted[number]
             other = again[number]
-            own = F.mse_loss(found, clean) if other is None else _energy(found, other, clean)
+            own = F.mse_loss(found, clean) if other is None else energy_score(root_mean_square, found, other, clean)
             loss, error = loss + share * own, error + share * own
             if self.config.function_weight:
                 compared = self._compared(found, clean, part, other)
@@ -142,14 +142,8 @@ class DenoiserTraining(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _energy(one: Tensor, other: Tensor, true: Tensor) -> Tensor:
-    """Energy score of two draws (B, P) for what came true: a proper scoring rule, least where draws are distributed as
-    what comes true (Gneiting & Raftery 2007; De Bortoli et al. 2025). Root-mean-square distances over the weights."""
-    near = (_distance(one, true) + _distance(other, true)) / 2
-    return (near - _distance(one, other) / 2).mean()
-
-
-def _distance(one: Tensor, other: Tensor) -> Tensor:
+def root_mean_square(one: Tensor, other: Tensor) -> Tensor:
+    """Distances (B,) between weights (B, P)."""
     return ((one - other).square().mean(1) + 1e-8).sqrt()
 
 

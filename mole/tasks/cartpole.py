@@ -22,7 +22,7 @@ from mole.errors import MoleError
 from mole.seeding import Seeded, derived, stream
 from mole.tasks.batched import batched
 from mole.tasks.networks import Architecture, Policy, mlp, orthogonal
-from mole.tasks.task import Comparison, Metrics, SplitName, Task
+from mole.tasks.task import Comparison, Metrics, SplitName, Task, energy_score
 
 GRAVITY, CART_MASS, POLE_MASS, HALF_LENGTH, FORCE, SECONDS = 9.8, 1.0, 0.1, 0.5, 10.0, 0.02
 POSITION_LIMIT, ANGLE_LIMIT = 2.4, 12 * 2 * math.pi / 360
@@ -182,9 +182,8 @@ class CartPole(Task):
             wanted, wide = said(true)  # (N, B), (N, 1)
         mean, log_std = said(predicted)
         if again is not None:
-            first, second, third = (mean, log_std), said(again), (wanted, wide)
-            score = (_apart(first, third) + _apart(second, third) - _apart(first, second)) / 2
-            return Comparison(score.mean(), torch.zeros_like(mean[0, 0]))
+            score = energy_score(_apart, (mean, log_std), said(again), (wanted, wide))
+            return Comparison(score, torch.zeros_like(mean[0, 0]))
         apart = ((2 * wide).exp() + (mean - wanted).square()) / (2 * (2 * log_std).exp())
         judged = (mean.clamp(-1, 1) - wanted.clamp(-1, 1)).square() / (2 * JUDGED**2)
         return Comparison((log_std - wide + apart - 0.5 + judged).mean(), torch.zeros_like(mean[0, 0]))

@@ -21,7 +21,7 @@ from mole.seeding import stream
 from mole.tasks.batched import batched, singly
 from mole.tasks.networks import Architecture
 from mole.tasks.subtasks import Subtasks, draw
-from mole.tasks.task import Comparison, Metrics, SplitName, Task
+from mole.tasks.task import Comparison, Metrics, SplitName, Task, energy_score
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,9 @@ class Classification(Task):
         if again is None:
             return Comparison((_kl(wanted, found) * there).sum(1).mean(), (loss(found) - loss(wanted)).abs().mean())
         other = self.logits(again, images, own=True).log_softmax(-1)
-        three = (found, other), (found, wanted), (other, wanted)
-        between, near, far = (_apart(one, two, there) for one, two in three)
-        apart, close, wide = ((loss(one) - loss(two)).abs() for one, two in three)
-        return Comparison((near + far - between).mean() / 2, (close + wide - apart).mean() / 2)
+        divergence = energy_score(lambda one, two: _apart(one, two, there), found, other, wanted)
+        gap = energy_score(lambda one, two: (loss(one) - loss(two)).abs(), found, other, wanted)
+        return Comparison(divergence, gap)
 
     @cached_property
     def _judged(self) -> nn.Module:

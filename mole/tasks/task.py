@@ -4,10 +4,10 @@ Dimensions: N networks, P parameters, B images of a batch, D numbers per image.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from mole.config import TaskConfig
 from mole.representations import WeightSpec
 from mole.tasks.batched import batched
 from mole.tasks.networks import Architecture
+
+T = TypeVar("T")
 
 SplitName = Literal["train", "prompt", "test"]
 
@@ -33,6 +35,15 @@ class Comparison(NamedTuple):
     gap: Tensor
     """Mean distance of the predicted networks' losses from the true ones', each pair on the same inputs, or of two
     draws its energy score; 0 where inputs alone say nothing of the loss."""
+
+
+def energy_score(distance: Callable[[T, T], Tensor], one: T, other: T, true: T) -> Tensor:
+    """Energy score of two draws for what came true: a proper scoring rule, least where draws are distributed as what
+    comes true (Gneiting & Raftery 2007; De Bortoli et al. 2025).
+
+    `distance` gives (N,); it must be a metric that embeds into a Hilbert space.
+    """
+    return (distance(one, true) + distance(other, true) - distance(one, other)).mean() / 2
 
 
 class Feed(Protocol):

@@ -10,14 +10,14 @@ from mole.checkpoints import Zoo
 from mole.config import Config, GeneratorConfig, load
 from mole.diffusion.conditions import Conditions
 from mole.diffusion.denoiser import Denoiser, Networks
-from mole.diffusion.module import DenoiserTraining, _energy, learning_rate_factor
+from mole.diffusion.module import DenoiserTraining, learning_rate_factor, root_mean_square
 from mole.diffusion.pairs import Batch, PairBatches, ZooPairs, choose_states
 from mole.diffusion.request import Request
 from mole.diffusion.speed import operations
 from mole.diffusion.training import Data, _strategy, _trainer, make_codec, train_generator
 from mole.errors import MoleError
 from mole.representations import WeightSpec, neuron_view
-from mole.tasks import Classification
+from mole.tasks import Classification, energy_score
 
 CPU = torch.device("cpu")
 CONFIG = load(
@@ -274,7 +274,7 @@ def test_the_energy_score_is_least_for_the_true_distribution() -> None:
 
     def score(spread: float) -> float:
         one, other = torch.randn(2, 4000, 6, generator=generator) * spread
-        return float(_energy(one, other, true))
+        return float(energy_score(root_mean_square, one, other, true))
 
     scores = {spread: score(spread) for spread in (0.0, 0.5, 1.0, 1.5, 2.0)}
     assert min(scores, key=lambda spread: scores[spread]) == 1.0, scores
