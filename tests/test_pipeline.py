@@ -29,6 +29,7 @@ REPORT = {
     "alignment": "prompts starts r2_mean spearman slope noop_r2",
     "nulls": "mean_of_16_aligned noise nearest_prompt_retrieval start",
     "novelty": "nearest_training_distance training_leave_one_out_distance ratio max_wrong_iou_mean dispersion",
+    "as_trained": "accuracy_mean accuracy_std trained_accuracy_mean trained_accuracy_std dispersion diversity",
     "rank": "candidates kendall_tau top1_regret random_regret",
     "seconds": "harvest train sample evaluate rank total",
 }

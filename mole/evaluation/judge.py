@@ -151,6 +151,7 @@ def judge(exhibits: Exhibits, tick: Tick) -> dict[str, Any]:
         "nulls": nulls,
         "nulls_at_least_as_accurate": winners,
         "novelty": novelty,
+        "as_trained": _as_trained(exhibits),
         "figures": {"alignment": curve, "optimisers": optimiser_curves, "novelty": points},
         **_transfer(exhibits, nulls, models),
     }
@@ -278,6 +279,23 @@ def _novelty(exhibits: Exhibits, models: dict[str, Tensor], tick: Tick) -> tuple
         points[name] = _points(found[score], far)
     tick()
     return novelty, nulls, points
+
+
+def _as_trained(exhibits: Exhibits) -> dict[str, float]:
+    """Networks asked for the losses that the held-out runs end with, beside what these end with: like with like."""
+    task, seeds = exhibits.task, exhibits.seeds
+    ends = exhibits.heldout.last[: len(exhibits.starts)]
+    true, (drawn, _) = (
+        exhibits.heldout.read(ends),
+        exhibits.draw(exhibits.starts, exhibits.heldout.loss[ends], seeds=seeds),
+    )
+    found: dict[str, float] = {}
+    for whose, flat in (("", drawn), ("trained_", true)):
+        scores = exhibits.scores(flat)
+        found |= {f"{whose}{task.score}_mean": float(scores.mean()),
+                  f"{whose}{task.score}_std": float(scores.std(correction=0))}  # fmt: skip
+    spread = ratio(exhibits.distance.spread(drawn), exhibits.distance.spread(true))
+    return {**found, "dispersion": dispersion(drawn, true), "diversity": spread}
 
 
 def _transfer(exhibits: Exhibits, nulls: dict[str, Any], models: dict[str, Tensor]) -> dict[str, Any]:

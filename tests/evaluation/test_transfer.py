@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mole.checkpoints import train_population
+from mole.checkpoints import Zoo, train_population
+from mole.config import EvaluateConfig
+from mole.evaluation.judge import Exhibits, _as_trained
 from mole.evaluation.novelty import PermutationDistance, ratio
 from mole.evaluation.nulls import null_models
 from mole.evaluation.transfer import (
@@ -118,3 +120,29 @@ def test_gaussians_have_the_mean_and_the_spread_of_the_training_networks(toy: Cl
 
 def test_a_ratio_without_a_whole_is_unknown() -> None:
     assert ratio(1.0, 2.0) == 0.5 and ratio(1.0, 0.0) != ratio(1.0, 0.0)
+
+
+def test_drawn_networks_are_set_beside_the_runs_from_the_same_starts(toy: Classification, toy_zoo: Zoo) -> None:
+    training, heldout = toy_zoo.split_by_run(4)
+    ends = heldout.read(heldout.last)
+
+    class Trained(Idle):
+        """Returns what became of the starts, or one and the same of these networks."""
+
+        def __call__(self, starts: Tensor, target_loss: Tensor, **_: object) -> tuple[Tensor, int]:
+            assert torch.equal(starts, heldout.read(heldout.first)) and torch.equal(
+                target_loss, heldout.loss[heldout.last]
+            )
+            return (ends + self.spread * (ends[:1] - ends)), 1
+
+    exact = _as_trained(Exhibits(toy, training, heldout, Trained(), EvaluateConfig(), seed=0))
+    assert exact["dispersion"] == exact["diversity"] == 1
+    assert exact["accuracy_mean"] == exact["trained_accuracy_mean"] and exact["accuracy_std"] > 0
+    scores = toy.measure(ends, "test")["accuracy"]
+    assert exact["accuracy_std"] == pytest.approx(
+        float(scores.square().mean() - scores.mean().square()) ** 0.5, rel=1e-4
+    )
+    half = _as_trained(Exhibits(toy, training, heldout, Trained(0.5), EvaluateConfig(), seed=0))
+    assert half["dispersion"] == pytest.approx(0.5, rel=1e-4)
+    one = _as_trained(Exhibits(toy, training, heldout, Trained(1.0), EvaluateConfig(), seed=0))
+    assert one["accuracy_std"] == 0 and one["diversity"] == pytest.approx(0, abs=1e-6)
