@@ -112,7 +112,7 @@ class Zoo:
         """neuralRank of so many components."""
         seen, labels = self.seen(name, target)
         if (name, target) not in self.components:
-            self.components[name, target] = principal_components(seen, max(DIMENSIONS))
+            self.components[name, target] = principal_components(seen, max(*DIMENSIONS, self.settings.components))
         return silhouette(self.components[name, target][:, : count or self.settings.components], labels)
 
     def accuracy(self, name: str, target: str) -> float:

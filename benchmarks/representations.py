@@ -53,7 +53,10 @@ def train_one(view: str, symmetry: str, seed: int, steps: int, zoo_folder: Path)
     from mole.tasks import Classification, load_task
 
     torch.set_num_threads(1)
-    config = load([ROOT / "configs" / "digits.yaml"], [("seed", str(seed)), ("train.steps", str(steps))])
+    config = load(
+        [ROOT / "configs" / "digits.yaml"],
+        [("seed", str(seed)), ("train.steps", str(steps)), ("train.objective", "mean")],
+    )
     chosen = GeneratorConfig.model_validate({**config.generator.model_dump(), "view": view, "symmetry": symmetry})
     config = config.model_copy(update={"generator": chosen})
     training, heldout = Zoo(zoo_folder).finished().split_by_run(config.harvest.heldout_runs)

@@ -79,7 +79,10 @@ def main() -> None:
     given = parser.parse_args()
     harvest = ["train.py", "--only", "harvest", "--seed", str(given.seed), "--out", str(given.out)]
     subprocess.run([sys.executable, *harvest, "--tracking.mode", "disabled"], cwd=ROOT, check=True)
-    base = load([ROOT / "configs" / "digits.yaml"], [("seed", str(given.seed)), ("train.steps", str(given.steps))])
+    base = load(
+        [ROOT / "configs" / "digits.yaml"],
+        [("seed", str(given.seed)), ("train.steps", str(given.steps)), ("train.objective", "mean")],
+    )
     training, heldout = Zoo(given.out / "zoo").finished().split_by_run(base.harvest.heldout_runs)
     task = load_task(base.task)
     assert isinstance(task, Classification)

@@ -80,7 +80,8 @@ def train_population(
         schedule: which states are kept; or the steps themselves, 0 for the initialisation.
         steps: optimiser steps; by default the recipe's, or the last of the given steps.
         initial: weights (N, P) to start from instead of fresh ones.
-        compiled: whether the step is compiled; by default on a GPU.
+        compiled: whether the step is compiled; by default on a GPU. Networks that are faster one after the other
+            (convolutions on a CPU) are not.
         progress: told the network-steps done so far, N per optimiser step.
 
     Warns:
@@ -186,7 +187,7 @@ class _Population:
             self._stop_diverged()
 
     def _first_losses(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """The first step decides how losses are computed: batched, or one by one where that cannot be."""
+        """The first step decides how losses are computed: batched, or one by one where that is faster or cannot be."""
         if singly(self.task.template, self.task.device):
             self.batched_losses = self._one_by_one
             return self._tried(batch)

@@ -246,11 +246,12 @@ class TrainConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Largest decay of the moving average of the weights; it is smaller in the first steps."""
     objective: Literal["energy", "mean", "consistency"] = "energy"
-    """How what one evaluation gives is scored: by the energy scores of two draws, least where draws are distributed as
-    what comes true; by squared error and divergence, least for the mean of what may come true; or by where a chain of
-    smaller steps ends (consistency)."""
+    """How what one evaluation gives is scored: from pure noise by the energy scores of two draws, least where draws are
+    distributed as what comes true; by squared error and divergence, least for the mean of what may come true (below
+    pure noise always); or by where a chain of smaller steps ends (consistency)."""
     function_weight: NonNegative = 100.0
-    """Weight of the divergence between what the predicted and the true network compute on training images."""
+    """Weight of the divergence between what the predicted and the true network compute on training images; of an
+    energy score its root."""
     function_images: Count = 128
     """Training images per network and step for that divergence."""
     gap_weight: NonNegative = 1.0
@@ -379,6 +380,13 @@ class Config(Section):
             raise ValueError(
                 f"harvest.checkpoints is {self.harvest.checkpoints}, but a run of task.steps {self.task.steps} "
                 f"has only {self.task.steps + 1} states"
+            )
+        if self.train.objective == "energy" and (
+            self.generator.process == "linear" or not self.train.one_pass_fraction
+        ):
+            raise ValueError(
+                f"train.objective energy draws from pure noise, which generator.process {self.generator.process} with "
+                f"train.one_pass_fraction {self.train.one_pass_fraction:g} does not train for; legal there: mean"
             )
         harvest = self.harvest
         if harvest.mode == "stream" and harvest.group_size > harvest.reservoir // 2:

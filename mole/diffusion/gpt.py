@@ -76,22 +76,24 @@ class Gpt(nn.Module):
 
     def forward(self, batch: Sequence[Networks]) -> list[Tensor]:
         """One evaluation: normalised clean weights (B, P) of each part of the batch."""
-        return [self._once(part) for part in batch]
-
-    def _once(self, part: Networks) -> Tensor:
-        start_metric, target_metric = part.conditions.scalars.unbind(1)
-        if not bool(part.conditions.started.all()) or bool(part.conditions.scalars.isnan().any()):
+        told = torch.cat([part.conditions.scalars for part in batch])
+        if not all(bool(part.conditions.started.all()) for part in batch) or bool(told.isnan().any()):
             raise MoleError("G.pt needs a start, its loss and a wanted loss; nothing can be left out")
-        scalars = torch.stack([part.level, target_metric - start_metric, target_metric, start_metric], 1)[..., None]
+        flat, starts, level = (
+            torch.cat(each) for each in zip(*((p.noised, p.start, p.level) for p in batch), strict=True)
+        )
+        start_metric, target_metric = told.unbind(1)
+        scalars = torch.stack([level, target_metric - start_metric, target_metric, start_metric], 1)[..., None]
         angles = scalars * self.frequencies  # (B, 4, FREQUENCIES)
         features = torch.cat([angles.sin(), angles.cos(), scalars], -1)
-        noised, start = (self.view.encode(flat).nodes[0] for flat in (part.noised, part.start))  # (B, T, W)
+        noised, start = (self.view.encode(flat).nodes[0] for flat in (flat, starts))  # (B, T, W)
         tokens = [self.encode_noised(noised), self.encode_start(start), self.encode_scalars(features)]
         x = self.norm_in(torch.cat(tokens, 1)) + self.positions  # (B, 2 T + 4, D)
         for block in self.blocks:
             x = block(x)
         change = self.decode(self.norm_out(x[:, : noised.shape[1]]))  # (B, T, W)
-        return part.start + self.view.decode(Tokens([change], []))
+        found = starts + self.view.decode(Tokens([change], []))
+        return list(found.split([len(part.level) for part in batch]))
 
 
 def _encoder(tokens: int, inputs: int, outputs: int) -> Own:

@@ -33,7 +33,8 @@ class DenoiserTraining(L.LightningModule):
     That is the divergence of their predictions, and `gap_weight` times the distance of their losses: of all networks
     that are about as far from the true one, those are wanted that have the loss that was asked for. For `energy`, what
     comes from pure noise is scored by the energy scores of two draws instead, over distances that are the roots of
-    error and divergence; so their weight is the root of `function_weight`.
+    error and divergence (the gap is one already); so the root of `function_weight` is their weight. What is reported as
+    `weight_error` and `divergence` is then of both kinds, and not to be compared with that of other objectives.
     """
 
     def __init__(

@@ -107,8 +107,9 @@ def train_generator(
 def _fits(module: DenoiserTraining, source: PairSource, config: Config, device: torch.device) -> str:
     """The largest half, quarter, ... of the batch that fits, in words."""
     size = config.train.batch_size // 2
+    most = {"one_pass_fraction": 1.0} if config.train.objective == "energy" else {}  # every pair drawn twice
     while size:
-        smaller = config.train.model_copy(update={"batch_size": size})
+        smaller = config.train.model_copy(update={"batch_size": size, **most})
         module.zero_grad(set_to_none=True)
         try:
             parts = PairBatches(source, module.codecs, smaller, seed=config.seed).batch(0)

@@ -123,7 +123,8 @@ class Watch(L.Callback):
             self.waited += time.monotonic() - self.ready
         if not self.operations:
             assert isinstance(pl_module, DenoiserTraining)
-            networks = [pl_module.networks(part, part.noised, part.level) for part in batch]
+            noised = [(part, flat) for part in batch for flat in (part.noised, part.again) if flat is not None]
+            networks = [pl_module.networks(part, flat, part.level) for part, flat in noised]
             self.operations = operations(pl_module.denoiser, networks)
 
     def on_train_batch_end(

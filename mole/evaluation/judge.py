@@ -179,7 +179,7 @@ def _one_pass(exhibits: Exhibits, tick: Tick) -> tuple[dict[str, Any], Any]:
         "starts": len(starts),
         "target_loss": exhibits.best,
         f"{name}_mean": score,
-        f"{name}_std": float(scores.std()) if len(starts) > 1 else 0.0,
+        f"{name}_std": _deviation(scores),
         f"{name}_best": float(scores.max()),
         "loss_mean": float(found["loss"].mean()),
         "finite_fraction": float(generated.isfinite().all(1).float().mean()),
@@ -202,6 +202,10 @@ def _one_pass(exhibits: Exhibits, tick: Tick) -> tuple[dict[str, Any], Any]:
         drawn, _ = exhibits.draw(training_starts, exhibits.wanted(training_starts))
         report[f"training_starts_{name}_mean"] = exhibits.mean_score(drawn)
     return report, [asdict(curve) for curve in (adam, sgd)]
+
+
+def _deviation(scores: Tensor) -> float:
+    return float(scores.std()) if len(scores) > 1 else 0.0
 
 
 def _finite(value: Any) -> Any:
@@ -293,7 +297,7 @@ def _as_trained(exhibits: Exhibits) -> dict[str, float]:
     for whose, flat in (("", drawn), ("trained_", true)):
         scores = exhibits.scores(flat)
         found |= {f"{whose}{task.score}_mean": float(scores.mean()),
-                  f"{whose}{task.score}_std": float(scores.std(correction=0))}  # fmt: skip
+                  f"{whose}{task.score}_std": _deviation(scores)}  # fmt: skip
     spread = ratio(exhibits.distance.spread(drawn), exhibits.distance.spread(true))
     return {**found, "dispersion": dispersion(drawn, true), "diversity": spread}
 

@@ -50,7 +50,7 @@ def _mix(value: Tensor) -> Tensor:
 
 
 def singly(network: nn.Module, device: torch.device) -> bool:
-    """Whether many such networks are faster one after the other than under `vmap`: convolutions on a CPU.
+    """Whether many such networks are faster one after the other than under `vmap`: 2-D convolutions on a CPU.
 
     There `vmap` is one convolution with groups, over tensors that no cache holds: 2.4 times as slow (one thread of an
     AMD EPYC, G.pt's CIFAR-10 network, 8 networks, batches of 128).

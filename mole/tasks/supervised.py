@@ -23,6 +23,9 @@ from mole.tasks.networks import Architecture
 from mole.tasks.subtasks import Subtasks, draw
 from mole.tasks.task import Comparison, Metrics, SplitName, Task, energy_score
 
+AT_ONCE = 500
+"""Images at once where networks are computed one after the other: what they become then stays in a cache."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -179,7 +182,9 @@ class Classification(Task):
 
         if singly(network, flat.device):
             each = images if own else [images] * len(flat)
-            return torch.stack([forward(*pair) for pair in zip(flat.unbind(), each, strict=True)])
+            found = [torch.cat([forward(weights, part) for part in seen.split(AT_ONCE)])
+                     for weights, seen in zip(flat.unbind(), each, strict=True)]  # fmt: skip
+            return torch.stack(found)
         with warnings.catch_warnings():  # vmap announces operators without a batching rule of their own
             warnings.simplefilter("ignore", UserWarning)
             return vmap(forward, in_dims=(0, 0 if own else None))(flat, images)

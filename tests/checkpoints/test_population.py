@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mole.checkpoints import AtRandom, ByLoss, kept_steps, train_population
+from mole.checkpoints import AtRandom, ByLoss, kept_steps, population, train_population
 from mole.checkpoints.groups import plan_groups, train_group
 from mole.checkpoints.population import _Population
 from mole.checkpoints.schedules import even_steps, schedule_for
@@ -112,6 +112,11 @@ def test_a_population_equals_the_loop_over_its_members(
     for row, seed in enumerate([4, 9]):
         for column, steps in enumerate([0, 5, 12]):
             torch.testing.assert_close(found[row, column], one_by_one(task, seed, steps), rtol=1e-4, atol=1e-6)
+
+
+def test_convolutions_run_one_after_the_other_on_a_cpu(toy: Classification, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(population, "vmap", None)
+    assert train_population(with_network(toy, Convolved), [1, 2], [3]).weights.isfinite().all()
 
 
 class Dropped(nn.Sequential):

@@ -6,6 +6,7 @@ import torch
 from mole.config import GeneratorConfig, load
 from mole.diffusion.conditions import Conditions
 from mole.diffusion.denoiser import Networks
+from mole.diffusion.generator import _noise
 from mole.diffusion.gpt import Gpt
 from mole.diffusion.models import make_denoiser, widest
 from mole.diffusion.process import noise_schedule, reverse
@@ -111,3 +112,11 @@ def test_ancestral_steps_depend_on_the_seed_of_each_network_alone() -> None:
     part = reverse(denoise, noise[1:], 10, kind="linear", seeds=[2, 3]).flat
     assert torch.equal(whole[1:], part)
     assert not torch.equal(reverse(denoise, noise, 10, kind="linear", seeds=[1, 2, 4]).flat[2], whole[2])
+    own = torch.stack([_noise(seed, 5) for seed in (1, 2, 3)])
+    steps = reverse(lambda noised, level: torch.zeros_like(noised), own, 2, kind="linear", seeds=[1, 2, 3]).flat
+    last = noise_schedule("linear")
+    last.set_timesteps(2)
+    same = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)]
+    for step in last.timesteps:  # had the noise between two evaluations been that of the beginning
+        own = last.step(torch.zeros_like(own), int(step), own, return_dict=False, generator=same)[0]
+    assert not torch.allclose(steps, own)

@@ -11,7 +11,7 @@ from torch import nn
 from mole.config import TaskConfig
 from mole.config.sections import TaskName
 from mole.errors import CorruptFileError, MoleError
-from mole.tasks import Architecture, Classification, archives, load_task
+from mole.tasks import Architecture, Classification, archives, load_task, supervised
 from mole.tasks.batched import singly
 from mole.tasks.supervised import DataOrder, Split, cross_entropy
 
@@ -117,7 +117,9 @@ def test_a_choice_of_labels_leaves_only_their_images_in_every_split(toy: Classif
         task.with_config(toy.config)
 
 
-def test_convolutions_are_computed_singly_on_a_cpu_and_as_their_own_modules_would() -> None:
+def test_convolutions_are_computed_singly_on_a_cpu_and_as_their_own_modules_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     network = Architecture(kind="convnet", widths=[3, 2, 4, 3]).build(seed=0)
     assert singly(network, torch.device("cpu")) and not singly(network, torch.device("cuda"))
     assert not singly(nn.Linear(2, 2), torch.device("cpu"))
@@ -125,6 +127,8 @@ def test_convolutions_are_computed_singly_on_a_cpu_and_as_their_own_modules_woul
     task = Classification(TaskConfig(width=2, depth=2), images, images, images, classes=3)
     flat = task.initial([1, 2])
     own = torch.stack([images.images, images.images.flip(0)])
+    monkeypatch.setattr(supervised, "vmap", None)
+    monkeypatch.setattr(supervised, "AT_ONCE", 4)
     with torch.no_grad():
         alone = [task.architecture.build(seed)(batch) for seed, batch in zip([1, 2], own, strict=True)]
     torch.testing.assert_close(task.logits(flat, own, own=True), torch.stack(alone))
