@@ -62,19 +62,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, nargs="?", default=CONFIG)
     parser.add_argument("--out", type=Path, default=Path("runs/neuralrank"))
+    parser.add_argument("--tables", nargs="*", help="some of the tables, by their titles, and nothing else")
     parser.add_argument("--tiny", action="store_true", help="random images and two steps, to try the way")
     given = parser.parse_args()
     settings = TINY if given.tiny else Settings.read(given.config)
     data, began = Images(tiny=given.tiny), time.perf_counter()
     networks = dict[str, nn.Module]()
-    names = list(dict.fromkeys(name for table in PAPER.values() for name in table["networks"]))
+    wanted = {title: table for title, table in PAPER.items() if not given.tables or title in given.tables}
+    if len(wanted) < len(given.tables or ()):
+        parser.error(f"--tables {' '.join(given.tables)}: legal are {', '.join(map(repr, PAPER))}")
+    names = list(dict.fromkeys(name for table in wanted.values() for name in table["networks"]))
     for done, name in enumerate(names, 1):
         networks[name] = trained(name, data, given.out / "networks", settings)
         passed = time.perf_counter() - began
         left = passed / done * (len(names) - done)
         print(f"{name}: {done} of {len(names)} networks, {passed:.0f} s, {left:.0f} s left", flush=True)
     zoo, training, began = Zoo(networks, data, settings), time.perf_counter() - began, time.perf_counter()
-    tables = {title: compared(title, table, zoo) for title, table in PAPER.items()}
+    tables = {title: compared(title, table, zoo) for title, table in wanted.items()}
+    if given.tables:
+        print(json.dumps({"benchmark": "neuralrank", "settings": settings.model_dump(), "tables": tables}))
+        return
     layers = {target: by_layer(target, zoo) for target in TARGETS}
     dimensions = {target: by_dimension(target, zoo) for target in TARGETS}
     result = {

@@ -27,6 +27,10 @@ class Settings(Section):
     seed: Natural = 0
     epochs: Count = 2
     """Of Adam, per network."""
+    steps: Count | None = None
+    """Of Adam, the same for every network, in place of epochs."""
+    glorot: bool = False
+    """Initialised as TensorFlow does (Glorot & Bengio 2010, no bias), in place of PyTorch's way."""
     batch: Count = 100
     learning_rate: Positive = 1e-3
     components: Count = 10
@@ -100,7 +104,9 @@ def build(name: str) -> nn.Sequential:
 
 def trained(name: str, data: Images, folder: Path, settings: Settings) -> nn.Sequential:
     """From the folder, or trained by Adam and kept there."""
-    recipe = f"seed{settings.seed}-{settings.epochs}x{settings.batch}-{settings.learning_rate:g}{'-tiny' * data.tiny}"
+    length = f"{settings.steps}steps" if settings.steps else str(settings.epochs)
+    recipe = f"seed{settings.seed}-{length}x{settings.batch}-{settings.learning_rate:g}"
+    recipe += "-glorot" * settings.glorot + "-tiny" * data.tiny
     path = folder / f"{name}-{recipe}.safetensors"
     with Seeded(derived(f"neuralrank {name}", settings.seed)):
         network = build(name)
@@ -108,8 +114,11 @@ def trained(name: str, data: Images, folder: Path, settings: Settings) -> nn.Seq
             network.load_state_dict(load_file(path))
             return network.eval()
         images, labels = data.part(name, "train")
+        if settings.glorot:
+            for parameter in network.parameters():
+                (nn.init.xavier_uniform_ if parameter.ndim > 1 else nn.init.zeros_)(parameter)
         optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
-        for _ in range(settings.epochs * len(images) // settings.batch):
+        for _ in range(settings.steps or settings.epochs * len(images) // settings.batch):
             index = torch.randint(len(images), (settings.batch,))
             optimizer.zero_grad()
             F.cross_entropy(network(images[index]), labels[index]).backward()

@@ -86,19 +86,20 @@ class ReadEdges(nn.Module):
 
 
 class WriteEdges(nn.Module):
-    """Changes of the numbers on edges: a bilinear form of their two ends."""
+    """Changes of the numbers on edges, and how much they keep of the start's: bilinear forms of their two ends."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.channels = channels
         self.there = nn.Linear(width, width)
-        self.here = _zeros(nn.Linear(width, channels * width))
+        self.here = _zeros(nn.Linear(width, (channels + 1) * width))
 
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """(B, E, K)."""
-        here = self.here(target).unflatten(-1, (self.channels, -1))  # (B, T, K, D)
+    def forward(self, source: Tensor, target: Tensor, start: Tensor) -> Tensor:
+        """(B, E, K), of the start's numbers (B, E, K) too."""
+        here = self.here(target).unflatten(-1, (self.channels + 1, -1))  # (B, T, K + 1, D)
         found = torch.einsum("btkd,bsd->btsk", here, self.there(source)) / sqrt(source.shape[-1])
-        return found.flatten(1, 2)
+        written, kept = found.flatten(1, 2).split([self.channels, 1], -1)
+        return written + kept * start
 
 
 class Own(nn.Module):
@@ -302,11 +303,10 @@ class Denoiser(nn.Module):
         starts = seen[1].nodes
         nodes = [self._write_nodes(*part) for part in zip(view.nodes, tokens, starts, strict=True)]
         edges = []
-        for kind in view.edges:
+        for kind, start in zip(view.edges, seen[1].edges, strict=True):
             numbers = kind.places.shape[1]
             ends = tokens[kind.source], tokens[kind.target]
-            nothing = x.new_zeros(len(x), len(kind.places), 0)
-            edges.append(self.write_edges[_key(kind.part, numbers)](*ends) if numbers else nothing)
+            edges.append(self.write_edges[_key(kind.part, numbers)](*ends, start) if numbers else start)
         return part.start + view.decode(Tokens(nodes, edges))
 
     def _write_nodes(self, kind: Nodes, x: Tensor, start: Tensor) -> Tensor:

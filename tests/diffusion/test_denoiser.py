@@ -180,6 +180,22 @@ def mlp(*widths: int) -> View:
     return neuron_view(WeightSpec.of(nn.Sequential(*layers[:-1])))
 
 
+def test_the_starts_numbers_on_edges_can_be_kept_in_part_or_left() -> None:
+    view = mlp(3, 4, 5, 2)
+    (edges,) = view.edges
+    denoiser = Denoiser([view], CONFIG)
+    (write,) = denoiser.write_edges.values()
+    nn.init.zeros_(write.there.weight)
+    nn.init.ones_(write.there.bias)
+    write.here.bias.data[-CONFIG.width :] = -0.75 / CONFIG.width**0.5  # the share that is kept changes by so much
+    noised, start = torch.randn(2, 3, view.spec.size)
+    change = once(denoiser, view, noised, start, torch.ones(3), conditions(3)) - start
+    there = edges.places.flatten()
+    torch.testing.assert_close(change[:, there], -0.75 * start[:, there])
+    change[:, there] = 0
+    assert len(there) == 4 * 5 and not change.any()
+
+
 def test_networks_of_several_widths_and_depths_in_one_batch_do_not_see_each_other() -> None:
     views = [mlp(5, 4, 3), mlp(5, 9, 3), mlp(5, 6, 7, 3)]
     denoiser = Denoiser(views, CONFIG).double()
