@@ -84,7 +84,8 @@ def main() -> None:
     harvest = ["train.py", "--only", "harvest", "--seed", str(given.seed), "--out", str(folder)]
     subprocess.run([sys.executable, *harvest, "--tracking.mode", "disabled"], cwd=ROOT, check=True)
     seed = [("seed", str(given.seed))]
-    mine, theirs = (load([ROOT / "configs" / f"{name}.yaml"], seed) for name in ("digits", "gpt_digits"))
+    both = [*seed, ("train.objective", "mean")]  # G.pt's
+    mine, theirs = (load([ROOT / "configs" / f"{name}.yaml"], both) for name in ("digits", "gpt_digits"))
     zoo = Zoo(folder / "zoo").finished().split_by_run(mine.harvest.heldout_runs)
     task = load_task(mine.task)
     assert isinstance(task, Classification)

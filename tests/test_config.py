@@ -98,6 +98,6 @@ def test_every_config_loads_and_says_command_hardware_time_and_result(path: Path
 
 def test_energy_is_refused_where_nothing_is_drawn_from_pure_noise() -> None:
     for changes in ([("generator.process", "linear")], [("train.one_pass_fraction", "0")]):
-        with pytest.raises(ConfigError, match=r"train\.objective energy draws from pure noise.*legal there: mean"):
+        with pytest.raises(ConfigError, match=r"objective energy draws from pure noise.*legal: train\.objective mean"):
             load([], changes)
     assert load([], [("train.one_pass_fraction", "0"), ("train.objective", "mean")]).train.one_pass_fraction == 0

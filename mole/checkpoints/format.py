@@ -117,7 +117,8 @@ def read_header(folder: Path) -> Header:
     try:
         found = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise MoleError(f"{folder}: no zoo here (zoo.json is missing)") from None
+        hint = f"; there is one in {folder / 'zoo'}" if (folder / "zoo" / "zoo.json").is_file() else ""
+        raise MoleError(f"{folder}: no zoo here (zoo.json is missing){hint}") from None
     if isinstance(found, dict) and found.get("format") != FORMAT:
         raise MoleError(f"{path}: format {found.get('format')}; this version reads {FORMAT}: harvest again")
     value = read_sealed(path, {"metric", "dtype", "recipe"})

@@ -85,6 +85,9 @@ def _of_labels(inputs: Any, labels: Any, text: str) -> tuple[Any, Any]:
 
     if labels is None:
         raise ConfigError([f"command line: --labels {text}: the data have no labels"])
+    if labels.is_floating_point() or labels.ndim != 1:
+        told = f"labels are {tuple(labels.shape)} {str(labels.dtype).removeprefix('torch.')}"
+        raise ConfigError([f"command line: --labels {text}: {told}; legal are whole labels (n,)"])
     legal = [str(label) for label in labels.unique().tolist()]
     wanted = [part.strip() for part in text.split(",")]
     if unknown := [part for part in wanted if part not in legal]:
@@ -118,7 +121,7 @@ def _from_file(path: Path) -> tuple[Any, Any]:
         found = np.load(path, allow_pickle=False)
         arrays = {name: found[name] for name in ("inputs", "labels") if name in found}
     except (OSError, ValueError, EOFError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
-        told = "it holds objects" if "allow_pickle" in str(error) else str(error)
+        told = "no .npz, or of objects" if "allow_pickle" in str(error) else str(error)
         raise ConfigError([f"command line: --data {path}: {told}; {legal}"]) from None
     inputs, labels = arrays.get("inputs"), arrays.get("labels")
     if inputs is None or inputs.ndim < 1 or inputs.dtype.kind not in "fiub":
@@ -128,7 +131,8 @@ def _from_file(path: Path) -> tuple[Any, Any]:
         return torch.from_numpy(inputs.astype(np.float32)), None
     if labels.ndim == 2 and labels.shape[1] == 1 and labels.dtype.kind in "iub":
         labels = labels[:, 0]
-    if labels.ndim < 1 or len(labels) != len(inputs) or labels.dtype.kind not in "fiub":
+    huge = labels.dtype.kind == "u" and bool((labels > np.iinfo(np.int64).max).any())
+    if labels.ndim < 1 or len(labels) != len(inputs) or labels.dtype.kind not in "fiub" or huge:
         what = f"{len(inputs)} inputs, labels {labels.shape} {labels.dtype}"
         raise ConfigError([f"command line: --data {path}: {what}; {legal}"])
     kind = np.float32 if labels.dtype.kind == "f" else np.int64

@@ -386,7 +386,8 @@ class Config(Section):
         ):
             raise ValueError(
                 f"train.objective energy draws from pure noise, which generator.process {self.generator.process} with "
-                f"train.one_pass_fraction {self.train.one_pass_fraction:g} does not train for; legal there: mean"
+                f"train.one_pass_fraction {self.train.one_pass_fraction:g} does not train for; legal: "
+                "train.objective mean, or generator.process cosine with a train.one_pass_fraction above 0"
             )
         harvest = self.harvest
         if harvest.mode == "stream" and harvest.group_size > harvest.reservoir // 2:

@@ -113,7 +113,8 @@ def read_card(path: Path) -> Card:
         card = Card.model_validate(values)
         seal = value_digest({name: value for name, value in values.items() if name != "digest"})
     except ValueError as error:
-        raise CorruptFileError(f"{path}: {error}") from None
+        what = "; ".join(str(error).splitlines()[:3])
+        raise CorruptFileError(f"{path}: no card of a generator ({what}); train again or copy it anew") from None
     if seal != card.digest:
         raise CorruptFileError(f"{path}: altered after it was written; train again or copy it anew")
     return card

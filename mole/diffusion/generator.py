@@ -115,7 +115,8 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
                 dicts.
             support: labelled examples of the data that the networks shall serve, images (K, M) and labels (K,); needed
                 where the generator reads data.
-            architecture: of the networks; the generator must know what they are made of, not their width or depth.
+            architecture: of the networks; the generator must know what they are made of. Other widths are what
+                generators of several widths are for (`configs/widths.yaml`).
             evaluations: calls of the generator per network and, if it is guided, twice that.
             guidance: 1 follows the conditions as they were learned; more overdoes them (Ho & Salimans 2022).
             asked: any of the generator's conditions, `target_loss=0.15`; losses are cross-entropies in nats on the
@@ -129,17 +130,19 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
             MoleError: an argument is not legal.
 
         Warns:
-            PromptWarning: a target lies outside what the zoo holds.
+            PromptWarning: a target lies outside what the zoo holds, or the generator has seen one architecture alone
+                and another one is asked for.
         """
         faults = check_numbers({"n": n, "seed": seed, "evaluations": evaluations}, guidance)
         wanted, more = check_wanted(self.card, asked)
         if faults or more:
             raise MoleError("; ".join([*faults, *more]))
-        warn_outside(self.card, wanted)
         task = self._task_for(architecture)
+        codec = self.codec.of(task.spec)
+        warn_outside(self.card, wanted, architecture)
         seeds = [derived("noise", seed, index) for index in range(n)]
         given, origins = self._starts(starts, task, [derived("fresh start", seed, index) for index in range(n)])
-        warn_loud(self.codec.of(task.spec), given)
+        warn_loud(codec, given)
         data = check_support(self.card, support, n, self.task)
         request = Request(given, wanted, data, architecture, seeds, evaluations, float(guidance))
         drawn, losses = self._draw(request, task, seeds)
@@ -300,7 +303,10 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
     @classmethod
     def _from_pretrained(cls, *, model_id: str, device: str = "cpu", **download: Any) -> Self:  # pyright: ignore
         kept = ("revision", "cache_dir", "force_download", "token", "local_files_only")
-        folder = model_id if Path(model_id).is_dir() else snapshot_download(
+        here = Path(model_id)
+        if not here.is_dir() and (here.is_absolute() or model_id.startswith(".") or model_id.count("/") > 1):
+            raise MoleError(f"{model_id}: no such folder; legal is a folder, or OWNER/NAME on the Hugging Face hub")
+        folder = model_id if here.is_dir() else snapshot_download(
             model_id, **{name: download[name] for name in kept if name in download}
         )  # fmt: skip
         return cls.load(folder, device)  # pyright: ignore[reportReturnType]

@@ -84,7 +84,7 @@ def check_wanted(card: Card, asked: Mapping[str, Any]) -> tuple[dict[str, float]
             else:
                 faults.append(f"{name} is {value!r}; legal: {', '.join(CODES[name])}")
         elif not _is_number(value) or not 0 <= value < 1e6:
-            faults.append(f"{name} is {value!r}; legal is a number from 0 on")
+            faults.append(f"{name} is {value!r}; legal is a number from 0 to below a million")
         elif name.endswith("_accuracy") and value > 1:
             faults.append(f"{name} is {value!r}; legal is a share from 0 to 1")
         elif name in wanted:
@@ -98,8 +98,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.floating | np.integer) and not isinstance(value, bool)
 
 
-def warn_outside(card: Card, wanted: Mapping[str, float]) -> None:
-    """Say which targets lie outside what the zoo holds."""
+def warn_outside(card: Card, wanted: Mapping[str, float], architecture: Architecture | None = None) -> None:
+    """Say which targets lie outside what the zoo holds, and whether networks like these were seen."""
+    if architecture is not None and [architecture] != card.architectures and len(card.architectures) == 1:
+        warnings.warn(
+            f"this generator has seen networks of widths {card.architecture.widths} alone; what it makes of "
+            f"{architecture.widths} may be poor: train one on several (harvest.vary.width)",
+            PromptWarning,
+            stacklevel=3,
+        )
     for name, value in wanted.items():
         low, high = card.ranges.get(name.removeprefix("target_"), (-float("inf"), float("inf")))
         if name.startswith("target_") and not low * (1 - 1e-6) <= value <= high * (1 + 1e-6):

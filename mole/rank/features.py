@@ -140,7 +140,9 @@ def find_layer(network: nn.Module, layer: str | int) -> str:
     leaves, everything, kind = layer_names(network), dict(network.named_modules()), type(network).__name__
     if isinstance(layer, int):
         if not -len(leaves) <= layer < len(leaves):
-            raise MoleError(f"no layer {layer} in {kind}, which has {len(leaves)}; legal is {-len(leaves)} and above")
+            raise MoleError(
+                f"no layer {layer} in {kind}, which has {len(leaves)}; legal is {-len(leaves)} to {len(leaves) - 1}"
+            )
         return leaves[layer]
     if layer not in everything:
         near = difflib.get_close_matches(layer, everything, n=3, cutoff=0.3) or leaves[-3:]

@@ -18,8 +18,9 @@ from mole.errors import MoleError
 from mole.rank.agreement import mean_rank, with_the_others
 from mole.rank.features import LAST_HIDDEN, see
 from mole.rank.kept import Finished, Row, data_digest, network_digest
-from mole.rank.request import AGREEMENT, ENSEMBLE, Candidate, Data, check_request, evidence_of, listed
+from mole.rank.request import Candidate, Data, check_request, evidence_of, listed
 from mole.rank.scorers import Scorer
+from mole.rank.scorers.protocol import AGREEMENT, ENSEMBLE
 from mole.rank.scoring import halves, resampled, scored
 
 Progress = Callable[[int], None]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mole.errors import MoleError
 from mole.rank.scorers import Evidence, Scorer, find_scorers
+from mole.rank.scorers.protocol import AGREEMENT, ENSEMBLE
 
 Data = tuple[Tensor, Tensor | None]
 """Inputs (n, ...), and labels (n,) int64, numbers to be told (n,) or (n, T), or nothing."""
@@ -20,9 +21,6 @@ Data = tuple[Tensor, Tensor | None]
 LABELLED = ("class_mean", "neuralrank", "nce", "knn", "logme")
 UNLABELLED = ("mutual_information", "kmeans", "confidence")
 TARGETS = ("ridge", "logme")
-ENSEMBLE = "mean_rank"
-AGREEMENT = "agreement"
-"""Scores that a network has only beside others."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,10 @@ def check_request(names: Sequence[str] | None, data: Data) -> list[Scorer]:
     Raises:
         MoleError: one is not known or cannot be had with these labels, or labels and inputs do not fit.
     """
+    if not isinstance(data, tuple) or len(data) != 2:
+        raise MoleError(f"data are {type(data).__name__}; legal is (inputs, labels), or (inputs, None) without labels")
+    if isinstance(names, str) or (names is not None and not names):
+        raise MoleError(f"scorers is {names!r}; legal is a list of names, or nothing for a good choice")
     inputs, labels = data
     if not all(part is None or isinstance(part, Tensor) for part in data):
         raise MoleError(f"data are {', '.join(type(part).__name__ for part in data)}; legal is tensors of PyTorch")
@@ -48,6 +50,9 @@ def check_request(names: Sequence[str] | None, data: Data) -> list[Scorer]:
         raise MoleError(f"labels {tuple(labels.shape)}; legal is ({len(inputs)},)")
     if labels is not None and len(labels) != len(inputs):
         raise MoleError(f"{len(inputs)} inputs and {len(labels)} labels; legal is one label per input")
+    for name, part in (("inputs", inputs), ("labels", labels)):
+        if part is not None and not bool(part.isfinite().all()):
+            raise MoleError(f"{name} hold NaN or infinity; legal are finite numbers")
     if len(inputs) < 3:
         raise MoleError(f"{len(inputs)} inputs; legal is 3 or more")
     if names is None:
@@ -80,6 +85,8 @@ def listed(networks: Iterable[Candidate] | Mapping[str, nn.Module]) -> list[Cand
         found = [Candidate(str(name), partial(_itself, network)) for name, network in networks.items()]
     else:
         found = list(networks)
+    if strange := [network for network in found if not isinstance(network, Candidate)]:
+        raise MoleError(f"networks hold {type(strange[0]).__name__}; legal is {{name: module}}, or candidates")
     if not found:
         raise MoleError("there are no networks to rank")
     names = [candidate.name for candidate in found]

@@ -49,7 +49,10 @@ def terminal(board: Leaderboard, most: int = 20) -> Table:
     names = ["rank", "name", board.by, *others[:COLUMNS]] if board.scorers else ["rank", "name"]
     names += [name for name in ("low", "high", "best_probability") if name in records[0]]
     for name in [*names, "reason"]:
-        table.add_column(name, justify="left" if name in ("name", "reason") else "right")
+        told = name in ("name", "reason")
+        table.add_column(
+            name, justify="left" if told else "right", overflow="fold" if told else "ellipsis", no_wrap=not told
+        )
     shown = [record for place, record in enumerate(records) if place < most or record["reason"]]
     for record in shown:
         table.add_row(*(_text(record[name]) for name in names), record["reason"])

@@ -186,7 +186,10 @@ def test_starts_may_be_networks_and_a_foreign_one_is_named_with_both_shapes(
 
 
 def test_other_architectures_are_generated_or_refused(generator: Generator) -> None:
-    samples = generator.sample(n=1, architecture=Architecture(kind="mlp", widths=[64, 40, 10]))
+    with pytest.warns(
+        PromptWarning, match=r"seen networks of widths \[64, 16, 10\] alone; what it makes of \[64, 40, 10\]"
+    ):
+        samples = generator.sample(n=1, architecture=Architecture(kind="mlp", widths=[64, 40, 10]))
     assert samples[0].module()(torch.rand(2, 64)).shape == (2, 10)
     with pytest.raises(MoleError, match=r"has seen no linear-weight\[\*,\*\]_1|has seen no 2\.weight"):
         generator.sample(architecture=Architecture(kind="mlp", widths=[64, 16, 16, 10]))

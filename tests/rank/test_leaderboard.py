@@ -88,6 +88,11 @@ def test_what_is_asked_for_wrongly_is_said_before_any_network_is_loaded(data: tu
         ),
         (data, {"scorers": ["knm"]}, "no scorer knm; nearest: "),
         (data, {"scorers": ["mean_rank"]}, "mean_rank needs others"),
+        (data, {"scorers": ["mean_rnk"]}, "no scorer mean_rnk; nearest: mean_rank"),
+        (data, {"scorers": "knn"}, "scorers is 'knn'; legal is a list of names"),
+        (data, {"scorers": []}, r"scorers is \[\]; legal is a list of names"),
+        (inputs, {}, r"data are Tensor; legal is \(inputs, labels\)"),
+        ((inputs / 0, labels), {}, "inputs hold NaN or infinity"),
         ((inputs[:2], labels[:2]), {}, "2 inputs; legal is 3 or more"),
         ((inputs, labels - 1), {}, "labels go down to -1; legal is 0 and above"),
         ((inputs.numpy(), labels), {}, "data are ndarray, Tensor; legal is tensors"),
@@ -100,6 +105,8 @@ def test_what_is_asked_for_wrongly_is_said_before_any_network_is_loaded(data: tu
         leaderboard(twins, data)
     with pytest.raises(MoleError, match="there are no networks to rank"):
         leaderboard({}, data)
+    with pytest.raises(MoleError, match=r"networks hold Sequential; legal is \{name: module\}, or candidates"):
+        leaderboard([axis_network(0)], data)  # pyright: ignore[reportArgumentType]
 
 
 def test_models_of_the_hub_are_ranked_by_their_names(tmp_path: Path) -> None:
@@ -131,7 +138,7 @@ def test_a_layer_that_some_lack_is_a_row_or_an_error_that_names_them(data: tuple
     assert "no layer '2' in Sequential; nearest: 0" in board.rows[-1].reason
     with pytest.raises(MoleError, match="layer '2' is not in short; legal is a layer of all"):
         leaderboard(networks, data, layer="2", lacking="error")
-    with pytest.raises(MoleError, match="no layer 7 in Sequential, which has 3; legal is -3 and above"):
+    with pytest.raises(MoleError, match="no layer 7 in Sequential, which has 3; legal is -3 to 2"):
         see(axis_network(0), [data[0]], [7])
 
 
@@ -315,7 +322,7 @@ def test_the_command_ranks_a_zoo_and_a_runs_samples(tiny_run: Path, tmp_path: Pa
         (["--data", "digit"], "--data digit; legal: digits, mnist"),
         (["--data", "digits", "--labels", "0,x"], "--labels x; legal: 0, 1, 2"),
         (["--data", str(tmp_path / "long.npz")], "5 inputs, labels (9,) int64; legal is an .npz"),
-        (["--data", str(tmp_path / "objects.npz")], "it holds objects; legal is an .npz"),
+        (["--data", str(tmp_path / "objects.npz")], "no .npz, or of objects; legal is an .npz"),
         (["--data", str(tmp_path / "torn.npz")], "legal is an .npz"),
         (["--data", "digits", "--examples", "0"], "--examples is 0; legal is 3 or more"),
         (["--data", "digits", "--scorer", "knnn"], "no scorer knnn; nearest: knn"),

@@ -123,6 +123,11 @@ def scorer(
     return register
 
 
+ENSEMBLE = "mean_rank"
+AGREEMENT = "agreement"
+"""Scores that a network has only beside others: no scorers, but legal names."""
+
+
 def find_scorers(names: Sequence[str]) -> list[Scorer]:
     """Scorers by their names.
 
@@ -131,9 +136,10 @@ def find_scorers(names: Sequence[str]) -> list[Scorer]:
     """
     unknown = [name for name in names if name not in REGISTRY]
     if unknown:
-        near = dict.fromkeys(n for name in unknown for n in difflib.get_close_matches(name, REGISTRY, n=3, cutoff=0.3))
+        legal = [*sorted(REGISTRY), AGREEMENT, ENSEMBLE]
+        near = dict.fromkeys(n for name in unknown for n in difflib.get_close_matches(name, legal, n=3, cutoff=0.3))
         hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise MoleError(f"no scorer {', '.join(unknown)}{hint}; legal: {', '.join(sorted(REGISTRY))}")
+        raise MoleError(f"no scorer {', '.join(unknown)}{hint}; legal: {', '.join(legal)}")
     return [REGISTRY[name] for name in names]
 
 
