@@ -87,7 +87,7 @@ def test_the_ledger_leads_from_a_network_to_its_zoo(tiny_run: Path) -> None:
 
 def test_the_leaderboard_is_in_order_of_the_deciding_scorer(tiny_run: Path) -> None:
     rows = list(csv.DictReader((tiny_run / "rank" / "leaderboard.csv").open()))
-    scores = [float(row["class_mean"]) for row in rows]
+    scores = [float(row["leep"]) for row in rows]
     assert len(rows) == 8 and scores == sorted(scores, reverse=True)
     assert {row["file"] for row in rows} == {path.name for path in (tiny_run / "samples").iterdir()}
 

@@ -321,7 +321,7 @@ class RankConfig(Section):
     """How the generated networks are screened."""
 
     scorers: Annotated[list[ScorerName], Field(min_length=1)] = [
-        "class_mean", "neuralrank", "nce", "minus_loss"
+        "leep", "neuralrank", "class_mean", "minus_loss"
     ]  # fmt: skip
     """By name; the first one decides, the others are reported beside it."""
 

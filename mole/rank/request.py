@@ -18,7 +18,7 @@ from mole.rank.scorers.protocol import AGREEMENT, ENSEMBLE
 Data = tuple[Tensor, Tensor | None]
 """Inputs (n, ...), and labels (n,) int64, numbers to be told (n,) or (n, T), or nothing."""
 
-LABELLED = ("class_mean", "neuralrank", "nce", "knn", "logme")
+LABELLED = ("class_mean", "neuralrank", "leep", "knn", "logme")
 UNLABELLED = ("mutual_information", "kmeans", "confidence")
 TARGETS = ("ridge", "logme")
 
