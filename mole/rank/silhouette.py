@@ -56,8 +56,7 @@ def _check(features: Tensor, labels: Tensor) -> None:
         raise ValueError(
             f"{len(features)} points {tuple(features.shape)} and labels {tuple(labels.shape)}; legal is (n, D) and (n,)"
         )
-    finite = features.isfinite().all(1)
-    if not finite.all():
+    if not bool(features.sum().isfinite()) and not bool((finite := features.isfinite().all(1)).all()):
         raise ValueError(f"{int((~finite).sum())} of {len(features)} points are NaN or infinite")
 
 
@@ -89,7 +88,7 @@ class Sums:
             self.metric,
             self.sizes + one_hot.sum(0),
             self.vectors + one_hot.T @ points,
-            self.squares + one_hot.T @ points.square().sum(1),
+            self.squares + one_hot.T @ (points * points).sum(1),  # `square` takes four times as long
         )
 
     def scores(self, features: Tensor, member: Tensor, variant: Variant = "standard") -> Tensor:
@@ -101,7 +100,7 @@ class Sums:
         if int((self.sizes > 0).sum()) < 2:
             raise ValueError(f"the silhouette needs at least two classes; found {int((self.sizes > 0).sum())}")
         points = self._points(features)
-        norms, own_size = points.square().sum(1), self.sizes[member]
+        norms, own_size = (points * points).sum(1), self.sizes[member]
         dots = points @ self.vectors.T  # (n, K)
         own_dot = dots.gather(1, member[:, None])[:, 0]
         if self.metric == "cosine":
@@ -110,12 +109,12 @@ class Sums:
             means = 1 - dots / self.sizes
         else:
             own_sum = own_size * norms - 2 * own_dot + self.squares[member]
-            means = norms[:, None] - 2 * dots / self.sizes + self.squares / self.sizes
+            means = norms[:, None] + (self.squares / self.sizes - dots * (2 / self.sizes))
         own = own_sum / (own_size - 1).clamp_min(1)
         if variant == "centroid":
             means = self._to_centroids(norms, dots)
-        mine = F.one_hot(member, len(self.sizes)).bool()
-        others = means.masked_fill(mine | (self.sizes == 0), torch.inf).min(1).values
+        means[:, self.sizes == 0] = torch.inf
+        others = means.scatter_(1, member[:, None], torch.inf).amin(1)
         own, others = own.clamp_min(0), others.clamp_min(0)  # rounding
         widest = torch.maximum(own, others)
         scores = torch.where(widest > 1e-15, (others - own) / widest.clamp_min(1e-300), 0.0)
