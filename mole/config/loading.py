@@ -67,8 +67,10 @@ def _read(path: Path, mistakes: list[str]) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        near = [path.parent / name for name in difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.yaml")], 1)]  # fmt: skip
+        near = near or [found for found in [Path("configs") / f"{path.stem}.yaml"] if found.is_file()]
+        hint = f"; did you mean {near[0]}?" if near else ""
         mistakes.append(f"{path}: no such file{hint}")
         return {}
     except OSError as error:

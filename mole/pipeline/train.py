@@ -68,6 +68,8 @@ def learn(current: Run, *, first: bool = True) -> Learned:
         resumed_from = step
         if first:
             current.metrics.rewind("train", step)
+        if first and step:
+            current.reporter.say(f"train: continues after step {step:,}")
 
     def log(step: int, values: Mapping[str, float]) -> None:
         if first:
