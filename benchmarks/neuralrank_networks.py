@@ -130,7 +130,7 @@ def trained(name: str, data: Images, folder: Path, settings: Settings) -> nn.Seq
 
 
 def features(network: nn.Module, images: Tensor) -> Tensor:
-    return next(iter(see(network, images.split(500)).features.values()))
+    return next(iter(see(network, images.split(100)).features.values()))
 
 
 def transfer_accuracy(
