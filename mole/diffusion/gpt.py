@@ -79,14 +79,13 @@ class Gpt(nn.Module):
         told = torch.cat([part.conditions.scalars for part in batch])
         if not all(bool(part.conditions.started.all()) for part in batch) or bool(told.isnan().any()):
             raise MoleError("G.pt needs a start, its loss and a wanted loss; nothing can be left out")
-        flat, starts, level = (
-            torch.cat(each) for each in zip(*((p.noised, p.start, p.level) for p in batch), strict=True)
-        )
+        noises, starts, level = (torch.cat([getattr(part, name) for part in batch])
+                                 for name in ("noised", "start", "level"))  # fmt: skip
         start_metric, target_metric = told.unbind(1)
         scalars = torch.stack([level, target_metric - start_metric, target_metric, start_metric], 1)[..., None]
         angles = scalars * self.frequencies  # (B, 4, FREQUENCIES)
         features = torch.cat([angles.sin(), angles.cos(), scalars], -1)
-        noised, start = (self.view.encode(flat).nodes[0] for flat in (flat, starts))  # (B, T, W)
+        noised, start = (self.view.encode(flat).nodes[0] for flat in (noises, starts))  # (B, T, W)
         tokens = [self.encode_noised(noised), self.encode_start(start), self.encode_scalars(features)]
         x = self.norm_in(torch.cat(tokens, 1)) + self.positions  # (B, 2 T + 4, D)
         for block in self.blocks:

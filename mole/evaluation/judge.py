@@ -289,10 +289,8 @@ def _as_trained(exhibits: Exhibits) -> dict[str, float]:
     """Networks asked for the losses that the held-out runs end with, beside what these end with: like with like."""
     task, seeds = exhibits.task, exhibits.seeds
     ends = exhibits.heldout.last[: len(exhibits.starts)]
-    true, (drawn, _) = (
-        exhibits.heldout.read(ends),
-        exhibits.draw(exhibits.starts, exhibits.heldout.loss[ends], seeds=seeds),
-    )
+    true = exhibits.heldout.read(ends)
+    drawn, _ = exhibits.draw(exhibits.starts, exhibits.heldout.loss[ends], seeds=seeds)
     found: dict[str, float] = {}
     for whose, flat in (("", drawn), ("trained_", true)):
         scores = exhibits.scores(flat)

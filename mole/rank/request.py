@@ -39,7 +39,7 @@ def check_request(names: Sequence[str] | None, data: Data) -> list[Scorer]:
     Raises:
         MoleError: one is not known or cannot be had with these labels, or labels and inputs do not fit.
     """
-    if not isinstance(data, tuple) or len(data) != 2:
+    if not isinstance(data, tuple | list) or len(data) != 2:
         raise MoleError(f"data are {type(data).__name__}; legal is (inputs, labels), or (inputs, None) without labels")
     if isinstance(names, str) or (names is not None and not names):
         raise MoleError(f"scorers is {names!r}; legal is a list of names, or nothing for a good choice")
