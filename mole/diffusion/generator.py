@@ -303,10 +303,7 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
     @classmethod
     def _from_pretrained(cls, *, model_id: str, device: str = "cpu", **download: Any) -> Self:  # pyright: ignore
         kept = ("revision", "cache_dir", "force_download", "token", "local_files_only")
-        here = Path(model_id)
-        if not here.is_dir() and (here.is_absolute() or model_id.startswith(".") or model_id.count("/") > 1):
-            raise MoleError(f"{model_id}: no such folder; legal is a folder, or OWNER/NAME on the Hugging Face hub")
-        folder = model_id if here.is_dir() else snapshot_download(
+        folder = model_id if Path(model_id).is_dir() else snapshot_download(
             model_id, **{name: download[name] for name in kept if name in download}
         )  # fmt: skip
         return cls.load(folder, device)  # pyright: ignore[reportReturnType]
