@@ -190,6 +190,9 @@ class GeneratorConfig(Section):
     roles: bool = True
     """Whether interchangeable tokens are told their rank, by a number of their own weights (equivariant only, and only
     where all networks have one layout)."""
+    common: bool = True
+    """Whether what generated networks have in common is learned weight by weight, in the order of ranks (with roles
+    only, and only where every token has a rank or is itself whatever the data)."""
     chunk: Count = 64
     """Numbers per token of `chunks`."""
     latent: Count = 128

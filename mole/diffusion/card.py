@@ -10,7 +10,7 @@ from mole.errors import CorruptFileError
 from mole.files import read_json, value_digest
 from mole.tasks import Architecture
 
-FORMAT = 6
+FORMAT = 7
 
 
 def _with_loss(ranges: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:

@@ -19,8 +19,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mole.config import GeneratorConfig
+from mole.diffusion.common import CommonNetwork
 from mole.diffusion.conditions import FEATURES, ConditionEmbedding, Conditions, SetEncoder, fourier
-from mole.diffusion.roles import Roles
+from mole.diffusion.roles import Roles, ranks
 from mole.errors import MoleError
 from mole.representations.structure import OUTPUTS
 from mole.representations.views import Edges, Nodes, Tokens, View
@@ -149,6 +150,8 @@ class Denoiser(nn.Module):
                 self._learn(kind)
             for edges in view.edges:
                 self._learn_edges(edges)
+        told = all(kind.ordered or self._ranked(kind) for kind in views[0].nodes) and not config.data
+        self.common = CommonNetwork(views[0], width) if config.common and self.roles and told else None
         self.depth = nn.Linear(FEATURES, width, bias=False)
         self.embed = ConditionEmbedding(config.conditions, width)
         self.embed_data = SetEncoder(numbers, width) if config.data else None
@@ -211,7 +214,8 @@ class Denoiser(nn.Module):
     def forward(self, batch: Sequence[Networks]) -> list[Tensor]:
         """One evaluation of networks of one or several layouts: normalised clean weights (B, P) of each."""
         seen = [self._seen(part) for part in batch]
-        tokens = [self._read(part, inputs) for part, inputs in zip(batch, seen, strict=True)]
+        order = [self._ranks(part.view, inputs) for part, inputs in zip(batch, seen, strict=True)]
+        tokens = [self._read(*part) for part in zip(batch, seen, order, strict=True)]
         lengths = [sum(kind.shape[1] for kind in part) for part in tokens]
         longest = max(lengths)
         x = torch.cat([F.pad(torch.cat(part, 1), (0, 0, 0, longest - n))
@@ -226,8 +230,12 @@ class Denoiser(nn.Module):
             x = block(x, c, mask)  # (B, T, D)
         shift, scale = self.modulate(c)[:, None].chunk(2, -1)  # (B, 1, D) each
         x = self.norm(x) * (1 + scale) + shift  # (B, T, D)
-        rows = x.split([len(part.level) for part in batch])
-        return [self._write(part, y, inputs) for part, y, inputs in zip(batch, rows, seen, strict=True)]
+        rows, told = (values.split([len(part.level) for part in batch]) for values in (x, c))
+        written = [self._write(part, y, inputs) for part, y, inputs in zip(batch, rows, seen, strict=True)]
+        if self.common is None:
+            return written
+        return [found + self.common(part.view, *rest)
+                for found, part, *rest in zip(written, batch, order, told, strict=True)]  # fmt: skip
 
     def _condition(self, part: Networks) -> Tensor:
         """(B, D)."""
@@ -244,8 +252,21 @@ class Denoiser(nn.Module):
             inputs.append(torch.zeros_like(part.start) if gradient is None else gradient)
         return [part.view.encode(flat) for flat in inputs]
 
-    def _read(self, part: Networks, seen: Sequence[Tokens]) -> list[Tensor]:
-        """(B, T, D) per kind of nodes."""
+    def _ranks(self, view: View, seen: Sequence[Tokens]) -> list[Tensor]:
+        """(B, T) per kind of nodes: ranks of the mean of the start's weights, or without a start of the noised ones;
+        of nodes that are themselves, their places."""
+        found = []
+        for kind, noised, start in zip(view.nodes, seen[0].nodes, seen[1].nodes, strict=True):
+            places = torch.arange(len(kind.places), device=start.device).expand(len(start), -1)
+            found.append(ranks((start + 1e-3 * noised).mean(-1)) if self._ranked(kind) else places)
+        return found
+
+    def _ranked(self, kind: Nodes) -> bool:
+        """Whether its tokens have a role; nodes without weights of their own have none."""
+        return kind.kind in self.roles and not kind.ordered and bool(kind.places.shape[1])
+
+    def _read(self, part: Networks, seen: Sequence[Tokens], order: Sequence[Tensor]) -> list[Tensor]:
+        """(B, T, D) per kind of nodes, whose ranks are given (B, T)."""
         view, conditions = part.view, part.conditions
         tokens = []
         for number, kind in enumerate(view.nodes):
@@ -259,18 +280,9 @@ class Denoiser(nn.Module):
             back, forth = read(kind, tokens[kind.source], tokens[kind.target], values)
             messages[kind.source] = messages[kind.source] + back
             messages[kind.target] = messages[kind.target] + forth
-        return self._with_roles(view, [t + m for t, m in zip(tokens, messages, strict=True)], seen)
-
-    def _with_roles(self, view: View, tokens: list[Tensor], seen: Sequence[Tokens]) -> list[Tensor]:
-        """Interchangeable tokens (B, T, D) with a role each, by the mean of the start's weights, or without a start of
-        the noised ones; nodes without weights of their own have none."""
-        found = []
-        for number, (kind, x) in enumerate(zip(view.nodes, tokens, strict=True)):
-            if kind.kind in self.roles and not kind.ordered and kind.places.shape[1]:
-                noised, start = (one.nodes[number] for one in seen[:2])
-                x = x + self.roles[kind.kind]((start + 1e-3 * noised).mean(-1))
-            found.append(x)
-        return found
+        read = [token + message for token, message in zip(tokens, messages, strict=True)]
+        return [x + self.roles[kind.kind](rank) if self._ranked(kind) else x
+                for kind, x, rank in zip(view.nodes, read, order, strict=True)]  # fmt: skip
 
     def _read_nodes(self, kind: Nodes, values: list[Tensor]) -> Tensor:
         """(B, T, D) of the numbers (B, T, W) of each input; of nodes without numbers (1, 1, 1), nothing."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Roles(nn.Module):
-    """Tells every token its rank among the tokens of its kind, by a number that is computed from its own weights.
+    """Tells every token its rank among the tokens of its kind.
 
     Permuting tokens permutes their ranks: they have no position but the one that their weights give them. Where there
     are fewer tokens than roles, they spread over them; where there are more, neighbours share one.
@@ -22,8 +22,12 @@ class Roles(nn.Module):
         super().__init__()
         self.values = nn.Parameter(torch.randn(roles, width))
 
-    def forward(self, numbers: Tensor) -> Tensor:
-        """(B, T, D) for numbers (B, T), by which tokens are ranked."""
-        rank = numbers.argsort(-1).argsort(-1)  # (B, T)
-        index = (2 * rank + 1) * len(self.values) // (2 * numbers.shape[-1])
+    def forward(self, ranks: Tensor) -> Tensor:
+        """(B, T, D) for ranks (B, T)."""
+        index = (2 * ranks + 1) * len(self.values) // (2 * ranks.shape[-1])
         return F.embedding(index, self.values)  # whose gradient is summed in one order, whatever the threads
+
+
+def ranks(numbers: Tensor) -> Tensor:
+    """Of each number (..., T) among its T, from 0."""
+    return numbers.argsort(-1).argsort(-1)

@@ -1,6 +1,6 @@
 import torch
 
-from mole.diffusion.roles import Roles
+from mole.diffusion.roles import Roles, ranks
 
 
 def given(roles: int, numbers: list[float]) -> list[int]:
@@ -8,7 +8,7 @@ def given(roles: int, numbers: list[float]) -> list[int]:
     layer = Roles(roles, 1)
     with torch.no_grad():
         layer.values.copy_(torch.arange(roles)[:, None])
-    return layer(torch.tensor([numbers]))[0, :, 0].int().tolist()
+    return layer(ranks(torch.tensor([numbers])))[0, :, 0].int().tolist()
 
 
 def test_tokens_have_the_roles_of_their_ranks() -> None:
