@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mole.devices import usable_device
 from mole.diffusion.card import Card, read_card
 from mole.diffusion.codec import Codec
 from mole.diffusion.conditions import Conditions
@@ -259,10 +260,10 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         """Read a generator from its folder, or from the folder of the run that trained it.
 
         Raises:
-            MoleError: there is none.
+            MoleError: there is none, or no such device.
             CorruptFileError: a file is not what was written, or of another format.
         """
-        folder = Path(path)
+        folder, place = Path(path), usable_device(device)
         folder = folder / "generator" if (folder / "generator").is_dir() else folder
         try:
             card = read_card(folder / "config.json")
@@ -289,13 +290,7 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
                 part.load_state_dict(mine)
         except (SafetensorError, RuntimeError, KeyError, TypeError, IndexError, MoleError) as error:
             raise CorruptFileError(f"{folder}: weights and configuration do not fit ({error})") from None
-        try:
-            place = torch.device(device)
-            denoiser.to(place)
-            codec.to(place)
-        except (RuntimeError, AssertionError) as error:
-            raise MoleError(f"device {str(device)!r}: {error}; legal is cpu, or cuda where PyTorch finds it") from None
-        return cls(denoiser.eval(), codec.eval(), card, place)
+        return cls(denoiser.to(place).eval(), codec.to(place).eval(), card, place)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.save(save_directory)

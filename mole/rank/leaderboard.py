@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mole.devices import usable_device
 from mole.errors import MoleError
 from mole.rank.agreement import mean_rank, with_the_others
 from mole.rank.features import LAST_HIDDEN, see
@@ -137,10 +138,10 @@ def leaderboard(
         progress: told the networks done.
 
     Raises:
-        MoleError: there are no networks, a scorer is not known, labels do not fit the inputs, or, where that is asked
-            for, a layer is lacking.
+        MoleError: there are no networks, a scorer is not known, labels do not fit the inputs, there is no such device,
+            or, where that is asked for, a layer is lacking.
     """
-    chosen, candidates = check_request(scorers, data), listed(networks)
+    chosen, candidates, device = check_request(scorers, data), listed(networks), usable_device(device)
     if lacking not in ("row", "error") or bootstrap < 0:
         raise MoleError(f"lacking is {lacking!r}, bootstrap {bootstrap}; legal is row or error, and 0 or more")
     agreement = scorers is not None and AGREEMENT in scorers

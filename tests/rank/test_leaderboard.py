@@ -96,6 +96,7 @@ def test_what_is_asked_for_wrongly_is_said_before_any_network_is_loaded(data: tu
         ((inputs[:2], labels[:2]), {}, "2 inputs; legal is 3 or more"),
         ((inputs, labels - 1), {}, "labels go down to -1; legal is 0 and above"),
         ((inputs.numpy(), labels), {}, "data are ndarray, Tensor; legal is tensors"),
+        (data, {"device": "cdua"}, "device 'cdua': .*; legal is cpu, or cuda where PyTorch finds it"),
         (data, {"lacking": "eror"}, "lacking is 'eror', bootstrap 0; legal is row or error"),
     ):
         with pytest.raises(MoleError, match=message):

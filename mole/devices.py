@@ -1,0 +1,20 @@
+"""Where things are computed."""
+
+import torch
+
+from mole.errors import MoleError
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """A device on which a tensor can be made.
+
+    Raises:
+        MoleError: there is no such device here.
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise MoleError(f"device {str(device)!r}: {reason}; legal is cpu, or cuda where PyTorch finds it") from None
+    return place
