@@ -25,12 +25,8 @@ class Settings(Section):
     """How much is trained and judged: `configs/neuralrank.yaml`."""
 
     seed: Natural = 0
-    epochs: Count = 2
-    """Of Adam, per network."""
-    steps: Count | None = None
-    """Of Adam, the same for every network, in place of epochs."""
-    glorot: bool = False
-    """Initialised as TensorFlow does (Glorot & Bengio 2010, no bias), in place of PyTorch's way."""
+    steps: Count = 1200
+    """Of Adam, the same for every network."""
     batch: Count = 100
     learning_rate: Positive = 1e-3
     components: Count = 10
@@ -49,7 +45,7 @@ class Settings(Section):
 
 
 CONFIG = Path(__file__).parent.parent / "configs" / "neuralrank.yaml"
-TINY = Settings(epochs=1, examples=60, probe_steps=2, layer_examples=60)
+TINY = Settings(steps=2, examples=60, probe_steps=2, layer_examples=60)
 """For a walk through with random images."""
 
 
@@ -103,10 +99,9 @@ def build(name: str) -> nn.Sequential:
 
 
 def trained(name: str, data: Images, folder: Path, settings: Settings) -> nn.Sequential:
-    """From the folder, or trained by Adam and kept there."""
-    length = f"{settings.steps}steps" if settings.steps else str(settings.epochs)
-    recipe = f"seed{settings.seed}-{length}x{settings.batch}-{settings.learning_rate:g}"
-    recipe += "-glorot" * settings.glorot + "-tiny" * data.tiny
+    """From the folder, or trained by Adam and kept there; initialised as TensorFlow does (Glorot & Bengio 2010, no
+    bias), in which the paper's networks were made."""
+    recipe = f"seed{settings.seed}-{settings.steps}x{settings.batch}-{settings.learning_rate:g}" + "-tiny" * data.tiny
     path = folder / f"{name}-{recipe}.safetensors"
     with Seeded(derived(f"neuralrank {name}", settings.seed)):
         network = build(name)
@@ -114,11 +109,10 @@ def trained(name: str, data: Images, folder: Path, settings: Settings) -> nn.Seq
             network.load_state_dict(load_file(path))
             return network.eval()
         images, labels = data.part(name, "train")
-        if settings.glorot:
-            for parameter in network.parameters():
-                (nn.init.xavier_uniform_ if parameter.ndim > 1 else nn.init.zeros_)(parameter)
+        for parameter in network.parameters():
+            (nn.init.xavier_uniform_ if parameter.ndim > 1 else nn.init.zeros_)(parameter)
         optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
-        for _ in range(settings.steps or settings.epochs * len(images) // settings.batch):
+        for _ in range(settings.steps):
             index = torch.randint(len(images), (settings.batch,))
             optimizer.zero_grad()
             F.cross_entropy(network(images[index]), labels[index]).backward()

@@ -190,9 +190,9 @@ class GeneratorConfig(Section):
     roles: bool = True
     """Whether interchangeable tokens are told their rank, by a number of their own weights (equivariant only, and only
     where all networks have one layout)."""
-    common: bool = True
-    """Whether what generated networks have in common is learned weight by weight, in the order of ranks (with roles
-    only, and only where every token has a rank or is itself whatever the data)."""
+    common: bool = False
+    """Whether what generated networks have in common is learned weight by weight, in the order of ranks: for networks
+    with several layers of interchangeable neurons whose mean is wanted; all of one layout."""
     chunk: Count = 64
     """Numbers per token of `chunks`."""
     latent: Count = 128
@@ -231,6 +231,11 @@ class GeneratorConfig(Section):
         if self.symmetry == "equivariant" and self.view not in ("neurons", "classes", "graph"):
             raise ValueError(
                 f"symmetry equivariant is not defined for view {self.view}; legal there: none, augment, canonical"
+            )
+        if self.common and (self.symmetry != "equivariant" or not self.roles or self.view == "graph" or self.data):
+            raise ValueError(
+                f"common needs symmetry equivariant, roles true, data false and view neurons or classes; found "
+                f"{self.symmetry}, {self.roles}, {self.data}, {self.view}".lower()
             )
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
@@ -397,6 +402,12 @@ class Config(Section):
             raise ValueError(
                 f"harvest.group_size is {harvest.group_size}, but a reservoir of {harvest.reservoir} runs takes groups "
                 f"of at most {harvest.reservoir // 2}; lower it or raise harvest.reservoir"
+            )
+        layouts = [n for n in ("width", "depth") if len(set(getattr(harvest.vary, n) or ())) > 1]
+        if self.generator.common and layouts:
+            raise ValueError(
+                f"harvest.vary.{layouts[0]}: networks of several layouts have no network in common; legal with it is "
+                "generator.common false"
             )
         given = [n for n in ("labels", "data_fraction", "batch_size") if getattr(harvest.vary, n) is not None]
         if self.task.name == "cartpole" and given:

@@ -10,7 +10,7 @@ from mole.errors import CorruptFileError
 from mole.files import read_json, value_digest
 from mole.tasks import Architecture
 
-FORMAT = 7
+FORMAT = 6
 
 
 def _with_loss(ranges: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:

@@ -150,8 +150,12 @@ class Denoiser(nn.Module):
                 self._learn(kind)
             for edges in view.edges:
                 self._learn_edges(edges)
-        told = all(kind.ordered or self._ranked(kind) for kind in views[0].nodes) and not config.data
-        self.common = CommonNetwork(views[0], width) if config.common and self.roles and told else None
+        self.common = CommonNetwork(views[0], width) if config.common else None
+        if config.common and (several or not all(kind.ordered or self._ranked(kind) for kind in views[0].nodes)):
+            raise MoleError(
+                f"generator.common: {'networks of several layouts have' if several else 'tokens without a rank have'} "
+                "nothing in common; legal here is false"
+            )
         self.depth = nn.Linear(FEATURES, width, bias=False)
         self.embed = ConditionEmbedding(config.conditions, width)
         self.embed_data = SetEncoder(numbers, width) if config.data else None

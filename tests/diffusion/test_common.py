@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from mole.config import GeneratorConfig
 from mole.diffusion.common import PACE, CommonNetwork
 from mole.diffusion.denoiser import Denoiser
-from mole.representations import View, ViewName, WeightSpec, make_view, neuron_view
+from mole.errors import MoleError
+from mole.representations import View
 
-from .test_denoiser import CONFIG, conditions, mlp, once
+from .test_denoiser import COMMON, conditions, mlp, once
 
 
 def given(view: View, orders: list[list[int]]) -> torch.Tensor:
@@ -43,7 +43,7 @@ def test_conditions_say_how_much_of_it_there_is() -> None:
 
 def test_it_is_nothing_untrained_and_for_other_layouts() -> None:
     view, wider = mlp(5, 4, 3), mlp(5, 9, 3)
-    denoiser = Denoiser([view], CONFIG)
+    denoiser = Denoiser([view], COMMON)
     assert denoiser.common is not None
     noised, start = torch.randn(2, 2, wider.spec.size)
     with torch.no_grad():
@@ -51,13 +51,6 @@ def test_it_is_nothing_untrained_and_for_other_layouts() -> None:
     assert torch.equal(once(denoiser, wider, noised, start, torch.ones(2), conditions(2)), start)
 
 
-@pytest.mark.parametrize(
-    ("view", "change"),
-    [("neurons", {"common": False}), ("neurons", {"roles": False}), ("graph", {}), ("classes", {"data": True}),
-     ("neurons", {"symmetry": "none"})],
-)  # fmt: skip
-def test_tokens_without_ranks_have_none(view: ViewName, change: dict[str, object]) -> None:
-    spec: WeightSpec = mlp(5, 4, 3).spec
-    config = GeneratorConfig.model_validate({**CONFIG.model_dump(), "view": view, **change})
-    assert Denoiser([make_view(view, spec)], config, numbers=5).common is None
-    assert Denoiser([neuron_view(spec), mlp(5, 9, 3)], CONFIG).common is None
+def test_networks_of_several_layouts_have_nothing_in_common() -> None:
+    with pytest.raises(MoleError, match=r"generator\.common: networks of several layouts .* legal here is false"):
+        Denoiser([mlp(5, 4, 3), mlp(5, 9, 3)], COMMON)

@@ -20,6 +20,7 @@ from mole.tasks import Classification
 from ..representations.architectures import LIBRARIES, TORCH
 
 CONFIG = GeneratorConfig(width=16, layers=2, heads=2)
+COMMON = CONFIG.model_copy(update={"common": True})
 
 
 def conditions(size: int) -> Conditions:
@@ -75,8 +76,9 @@ def test_permuting_both_inputs_permutes_the_output(name: str, view: ViewName) ->
         with pytest.raises(MoleError, match="no output of this network was found; legal: neurons, graph"):
             make_view(view, spec)
         return
-    both, one = commutes(make_view(view, spec), CONFIG, spec, 0)
-    assert both < 1e-12 and one > 1e-2
+    for config in (CONFIG,) if view == "graph" else (CONFIG, COMMON):
+        both, one = commutes(make_view(view, spec), config, spec, 0)
+        assert both < 1e-12 and one > 1e-2
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

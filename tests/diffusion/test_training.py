@@ -349,8 +349,7 @@ def test_operations_are_counted_by_hand() -> None:
     ends = 2 * 5 * (2 * (10 * 8 + 8 * 5) + (2 * 8 + 8)) + 2 * 2 * 64 * 8  # read and write; depths of two kinds
     conditions = 2 * 5 * (3 * 64 * 8 + 8 * 8) + 2 * 2 * 8 + 2 * 5 * 8 * 16
     kept = 2 * 5 * (3 * 2 + 1) * 8  # of three parts of two neurons and of the output bias
-    shares = 2 * 5 * 8 * 2  # of what is common, of two kinds
-    assert found == 3 * (block + ends + kept + conditions + shares)
+    assert found == 3 * (block + ends + kept + conditions)
 
 
 def test_compiled_blocks_train_to_the_same_generator(toy: Classification, zoo: Zoo, tmp_path: Path) -> None:
