@@ -13,6 +13,8 @@ def usable_device(device: str | torch.device) -> torch.device:
     """
     try:
         place = torch.device(device)
+        if place.type == "meta":
+            raise RuntimeError("nothing is computed there")
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]

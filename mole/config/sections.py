@@ -234,8 +234,8 @@ class GeneratorConfig(Section):
             )
         if self.common and (self.symmetry != "equivariant" or not self.roles or self.view == "graph" or self.data):
             raise ValueError(
-                f"common needs symmetry equivariant, roles true, data false and view neurons or classes; found "
-                f"{self.symmetry}, {self.roles}, {self.data}, {self.view}".lower()
+                f"common needs symmetry equivariant, roles true, view neurons or classes, and data false; found "
+                f"{self.symmetry}, roles {self.roles}, {self.view}, data {self.data}"
             )
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
@@ -403,10 +403,11 @@ class Config(Section):
                 f"harvest.group_size is {harvest.group_size}, but a reservoir of {harvest.reservoir} runs takes groups "
                 f"of at most {harvest.reservoir // 2}; lower it or raise harvest.reservoir"
             )
-        layouts = [n for n in ("width", "depth") if len(set(getattr(harvest.vary, n) or ())) > 1]
+        layouts = [f"harvest.vary.{n}" for n in ("width", "depth") if len(set(getattr(harvest.vary, n) or ())) > 1]
+        layouts += ["evaluate.widths"] * bool(set(self.evaluate.widths) - {self.task.width})
         if self.generator.common and layouts:
             raise ValueError(
-                f"harvest.vary.{layouts[0]}: networks of several layouts have no network in common; legal with it is "
+                f"{layouts[0]}: networks of several layouts have no network in common; legal with it is "
                 "generator.common false"
             )
         given = [n for n in ("labels", "data_fraction", "batch_size") if getattr(harvest.vary, n) is not None]

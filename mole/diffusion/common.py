@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mole.errors import MoleError
 from mole.representations.views import Tokens, View
 
 PACE = 30.0
@@ -24,20 +25,26 @@ class CommonNetwork(nn.Module):
 
     Permuting the neurons of a start permutes their ranks, and this with them. The conditions (noise level, losses)
     say how much of it there is, for every kind of nodes and edges; untrained it is nothing.
+
+    Raises:
+        MoleError: a rank does not say which of its tokens may take whose place.
     """
 
     def __init__(self, view: View, width: int) -> None:
         super().__init__()
-        self.layout = view.spec.fingerprint
+        wrong = [kind.name for kind in view.nodes if not kind.ordered and (kind.nested or not kind.places.shape[1])]
+        if wrong:
+            raise MoleError(
+                f"generator.common: {', '.join(wrong)} of these networks have no weights of their own, or lie within "
+                "heads, so that their ranks do not order them; legal here is false"
+            )
         self.values = nn.Parameter(torch.zeros(view.spec.size))
         self.share = nn.Linear(width, len(view.nodes) + len(view.edges))
         nn.init.zeros_(self.share.weight)
         nn.init.ones_(self.share.bias)
 
     def forward(self, view: View, ranks: Sequence[Tensor], c: Tensor) -> Tensor:
-        """(B, P) for the ranks (B, T) of all kinds of nodes and conditions (B, D); nothing for another layout."""
-        if view.spec.fingerprint != self.layout:
-            return c.new_zeros(len(c), view.spec.size)
+        """(B, P) for the ranks (B, T) of all kinds of nodes and conditions (B, D)."""
         own = view.encode(PACE * self.values[None])
         tables = [F.embedding(rank, nodes[0]) for rank, nodes in zip(ranks, own.nodes, strict=True)]
         for kind, edges in zip(view.edges, own.edges, strict=True):

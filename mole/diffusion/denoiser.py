@@ -151,11 +151,8 @@ class Denoiser(nn.Module):
             for edges in view.edges:
                 self._learn_edges(edges)
         self.common = CommonNetwork(views[0], width) if config.common else None
-        if config.common and (several or not all(kind.ordered or self._ranked(kind) for kind in views[0].nodes)):
-            raise MoleError(
-                f"generator.common: {'networks of several layouts have' if several else 'tokens without a rank have'} "
-                "nothing in common; legal here is false"
-            )
+        if config.common and several:
+            raise MoleError("generator.common: these networks have several layouts; legal for them is false")
         self.depth = nn.Linear(FEATURES, width, bias=False)
         self.embed = ConditionEmbedding(config.conditions, width)
         self.embed_data = SetEncoder(numbers, width) if config.data else None
@@ -220,6 +217,7 @@ class Denoiser(nn.Module):
         seen = [self._seen(part) for part in batch]
         order = [self._ranks(part.view, inputs) for part, inputs in zip(batch, seen, strict=True)]
         tokens = [self._read(*part) for part in zip(batch, seen, order, strict=True)]
+        sizes = [len(part.level) for part in batch]
         lengths = [sum(kind.shape[1] for kind in part) for part in tokens]
         longest = max(lengths)
         x = torch.cat([F.pad(torch.cat(part, 1), (0, 0, 0, longest - n))
@@ -227,19 +225,17 @@ class Denoiser(nn.Module):
         c = torch.cat([self._condition(part) for part in batch])  # (B, D)
         mask = None
         if min(lengths) < longest:
-            sizes = [len(part.level) for part in batch]
             counts = torch.tensor(lengths, device=x.device).repeat_interleave(torch.tensor(sizes, device=x.device))
             mask = (torch.arange(longest, device=x.device) < counts[:, None])[:, None, None]  # (B, 1, 1, T)
         for block in self.blocks:
             x = block(x, c, mask)  # (B, T, D)
         shift, scale = self.modulate(c)[:, None].chunk(2, -1)  # (B, 1, D) each
         x = self.norm(x) * (1 + scale) + shift  # (B, T, D)
-        rows, told = (values.split([len(part.level) for part in batch]) for values in (x, c))
-        written = [self._write(part, y, inputs) for part, y, inputs in zip(batch, rows, seen, strict=True)]
+        written = [self._write(*part) for part in zip(batch, x.split(sizes), seen, strict=True)]
         if self.common is None:
             return written
-        return [found + self.common(part.view, *rest)
-                for found, part, *rest in zip(written, batch, order, told, strict=True)]  # fmt: skip
+        common = [self.common(part.view, *told) for part, *told in zip(batch, order, c.split(sizes), strict=True)]
+        return [own + shared for own, shared in zip(written, common, strict=True)]
 
     def _condition(self, part: Networks) -> Tensor:
         """(B, D)."""
@@ -257,12 +253,12 @@ class Denoiser(nn.Module):
         return [part.view.encode(flat) for flat in inputs]
 
     def _ranks(self, view: View, seen: Sequence[Tokens]) -> list[Tensor]:
-        """(B, T) per kind of nodes: ranks of the mean of the start's weights, or without a start of the noised ones;
-        of nodes that are themselves, their places."""
+        """(B, T) per kind of nodes: ranks of the mean of the start's weights, or without a start of the noised ones; of
+        nodes that are themselves, their places."""
         found = []
         for kind, noised, start in zip(view.nodes, seen[0].nodes, seen[1].nodes, strict=True):
             places = torch.arange(len(kind.places), device=start.device).expand(len(start), -1)
-            found.append(ranks((start + 1e-3 * noised).mean(-1)) if self._ranked(kind) else places)
+            found.append(ranks(start.mean(-1), noised.mean(-1)) if self._ranked(kind) else places)
         return found
 
     def _ranked(self, kind: Nodes) -> bool:

@@ -44,9 +44,10 @@ def widest(views: Sequence[View], config: GeneratorConfig, *, numbers: int = 0) 
             return sum(p.numel() for p in make_denoiser(views, trial, numbers=numbers).parameters())
 
     if size(step) > config.parameters:
+        common = f" ({views[0].spec.size:,} of them by generator.common)" if config.common else ""
         raise MoleError(
             f"generator.parameters is {config.parameters:,}; with {config.layers} layers of {config.heads} heads the "
-            f"smallest denoiser has {size(step):,}: raise it or lower heads"
+            f"smallest denoiser has {size(step):,}{common}: raise it or lower heads"
         )
     low, high = 1, 2
     while size(high * step) <= config.parameters:

@@ -133,13 +133,19 @@ def check_architecture(card: Card, architecture: Any) -> None:
     """Whether the generator has seen networks of this kind.
 
     Raises:
-        MoleError: it is no architecture, or none with such an activation was seen.
+        MoleError: it is no architecture, none with such an activation was seen, or those that were have a network in
+            common that others have not.
     """
     if not isinstance(architecture, Architecture):
         raise MoleError(f"architecture is {architecture!r}; legal is an Architecture, {card.architecture!r}")
     seen = sorted({known.activation for known in card.architectures})
     if architecture.activation not in seen:
         raise MoleError(f"this generator has seen no {architecture.activation} networks; it knows {', '.join(seen)}")
+    if card.denoiser.common and architecture not in card.architectures:
+        raise MoleError(
+            f"this generator makes networks of widths {card.architecture.widths} alone, which have a network in "
+            "common; legal for others is one that was trained with generator.common false"
+        )
 
 
 def check_starts(starts: Any, spec: WeightSpec, n: int) -> Tensor:

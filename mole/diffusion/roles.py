@@ -28,6 +28,8 @@ class Roles(nn.Module):
         return F.embedding(index, self.values)  # whose gradient is summed in one order, whatever the threads
 
 
-def ranks(numbers: Tensor) -> Tensor:
-    """Of each number (..., T) among its T, from 0."""
-    return numbers.argsort(-1).argsort(-1)
+def ranks(numbers: Tensor, others: Tensor) -> Tensor:
+    """Of each number (..., T) among its T, from 0; equal numbers are ranked by others (..., T)."""
+    order = others.argsort(-1)
+    order = order.gather(-1, numbers.gather(-1, order).argsort(dim=-1, stable=True))
+    return order.argsort(-1)

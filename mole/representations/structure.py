@@ -105,7 +105,8 @@ def neuron_structure(spec: WeightSpec, *, fixed: frozenset[str] = frozenset()) -
         nodes.append(
             Nodes(
                 " x ".join(groups), places, torch.ones_like(places, dtype=torch.bool), ordered=known,
-                kind=OUTPUTS if known else "neurons", parts=_parts(found), depth=number / max(1, len(names) - 1),
+                kind=OUTPUTS if known else "neurons", parts=_parts(found), nested=len(groups) > 1,
+                depth=number / max(1, len(names) - 1),
             )
         )  # fmt: skip
     if rest:

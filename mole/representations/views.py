@@ -37,6 +37,8 @@ class Nodes:
     """What they are: `neurons`, `outputs`, `inputs`, `bias`, `rest`, `chunks`."""
     parts: tuple[tuple[str, int], ...] = ()
     """What its numbers are, in order, and how many: the same words for the same thing in any network."""
+    nested: bool = False
+    """Whether they change places within groups of them and as groups alone: channels of attention heads."""
     depth: float = 0.0
     """Where it stands between the network's input, 0, and its output, 1."""
 

@@ -1,11 +1,14 @@
 import pytest
 import torch
+from torch.func import functional_call
 
 from mole.diffusion.common import PACE, CommonNetwork
 from mole.diffusion.denoiser import Denoiser
+from mole.diffusion.models import widest
 from mole.errors import MoleError
-from mole.representations import View
+from mole.representations import View, ViewName, WeightSpec, make_view, neuron_view
 
+from ..representations.architectures import TORCH
 from .test_denoiser import COMMON, conditions, mlp, once
 
 
@@ -41,16 +44,45 @@ def test_conditions_say_how_much_of_it_there_is() -> None:
     assert bool((half == 0.5).all()) and not none.any()
 
 
-def test_it_is_nothing_untrained_and_for_other_layouts() -> None:
-    view, wider = mlp(5, 4, 3), mlp(5, 9, 3)
-    denoiser = Denoiser([view], COMMON)
-    assert denoiser.common is not None
-    noised, start = torch.randn(2, 2, wider.spec.size)
+@pytest.mark.parametrize("view", ["neurons", "classes"])
+@pytest.mark.parametrize("name", ["mlp", "convnet", "residual", "dense", "lstm"])
+def test_every_start_is_given_the_same_function(name: str, view: ViewName) -> None:
+    module, inputs = TORCH[name]()
+    spec = WeightSpec.of(module, inputs)
+    seen = make_view(view, spec)
+    common = CommonNetwork(seen, 4).double()
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.arange(len(kind.places)) if kind.ordered else torch.randperm(len(kind.places), generator=generator)
+              for kind in seen.nodes]  # fmt: skip
     with torch.no_grad():
-        denoiser.common.values.fill_(1.0)
-    assert torch.equal(once(denoiser, wider, noised, start, torch.ones(2), conditions(2)), start)
+        common.values.copy_(torch.rand(spec.size, generator=generator) * 0.5 / PACE)  # variances too are above 0
+        plain = [torch.arange(len(kind.places))[None] for kind in seen.nodes]
+        one, other = (common(seen, ranks, torch.zeros(1, 4).double())[0].float()
+                      for ranks in (plain, [order[None] for order in orders]))  # fmt: skip
+        outputs = [functional_call(module.eval(), spec.unflatten(flat), inputs) for flat in (one, other)]
+    first, second = (torch.cat([part.flatten() for part in tensors(output)]) for output in outputs)
+    assert not torch.equal(one, other)
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
-def test_networks_of_several_layouts_have_nothing_in_common() -> None:
-    with pytest.raises(MoleError, match=r"generator\.common: networks of several layouts .* legal here is false"):
+def tensors(output: object) -> list[torch.Tensor]:
+    """All within what a network gives."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    return [inner for part in output for inner in tensors(part)] if isinstance(output, tuple | list) else []
+
+
+def test_untrained_it_is_nothing() -> None:
+    view = mlp(5, 4, 3)
+    noised, start = torch.randn(2, 2, view.spec.size)
+    assert torch.equal(once(Denoiser([view], COMMON), view, noised, start, torch.ones(2), conditions(2)), start)
+
+
+def test_it_is_refused_where_ranks_do_not_order_tokens() -> None:
+    with pytest.raises(MoleError, match=r"generator\.common: these networks have several layouts; legal .* false"):
         Denoiser([mlp(5, 4, 3), mlp(5, 9, 3)], COMMON)
+    for name in ("attention", "depthwise and groups"):
+        with pytest.raises(MoleError, match=r"generator\.common: .* of these networks have no weights .* is false"):
+            Denoiser([neuron_view(WeightSpec.of(*TORCH[name]()))], COMMON)
+    with pytest.raises(MoleError, match=r"the smallest denoiser has [\d,]+ \(300,376 of them by generator\.common\)"):
+        widest([mlp(100, 2706, 10)], COMMON.model_copy(update={"parameters": 200_000}))

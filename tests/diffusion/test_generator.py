@@ -21,7 +21,12 @@ from mole.tasks import Architecture, Classification
 
 @pytest.fixture
 def generator(digits: Classification) -> Generator:
-    config = GeneratorConfig(width=16, layers=1, heads=2)
+    return made(digits)
+
+
+def made(digits: Classification, *, common: bool = False) -> Generator:
+    """With random weights, small ones."""
+    config = GeneratorConfig(width=16, layers=1, heads=2, common=common)
     denoiser = Denoiser([neuron_view(digits.spec)], config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -97,7 +102,9 @@ def test_a_prompt_outside_the_zoo_warns_and_states_the_range(generator: Generato
         generator.sample(target_loss=target)
 
 
-def test_saved_and_loaded_it_draws_the_same(generator: Generator, tmp_path: Path) -> None:
+@pytest.mark.parametrize("common", [False, True])
+def test_saved_and_loaded_it_draws_the_same(common: bool, digits: Classification, tmp_path: Path) -> None:
+    generator = made(digits, common=common)
     saved = generator.save(tmp_path / "generator")
     for path in (tmp_path, tmp_path / "generator"):
         loaded = Generator.load(path)
@@ -185,12 +192,16 @@ def test_starts_may_be_networks_and_a_foreign_one_is_named_with_both_shapes(
         generator.sample(n=2, starts=[networks[0], foreign])
 
 
-def test_other_architectures_are_generated_or_refused(generator: Generator) -> None:
+def test_other_architectures_are_generated_or_refused(generator: Generator, digits: Classification) -> None:
     with pytest.warns(
         PromptWarning, match=r"seen networks of widths \[64, 16, 10\] alone; what it makes of \[64, 40, 10\]"
     ):
         samples = generator.sample(n=1, architecture=Architecture(kind="mlp", widths=[64, 40, 10]))
     assert samples[0].module()(torch.rand(2, 64)).shape == (2, 10)
+    with pytest.raises(
+        MoleError, match=r"makes networks of widths \[64, 16, 10\] alone, which have a network in common"
+    ):
+        made(digits, common=True).sample(n=1, architecture=Architecture(kind="mlp", widths=[64, 40, 10]))
     with pytest.raises(MoleError, match=r"has seen no linear-weight\[\*,\*\]_1|has seen no 2\.weight"):
         generator.sample(architecture=Architecture(kind="mlp", widths=[64, 16, 16, 10]))
     with pytest.raises(

@@ -237,12 +237,12 @@ def test_a_batch_that_is_too_large_is_told_with_one_that_fits(
         train(CONFIG, toy, zoo, tmp_path / "a.ckpt")
 
 
-@pytest.mark.parametrize("objective", ["energy", "consistency"])
+@pytest.mark.parametrize(("objective", "common"), [("energy", False), ("consistency", False), ("energy", True)])
 def test_every_objective_trains_and_resumes_bit_for_bit(
-    objective: str, toy: Classification, zoo: Zoo, tmp_path: Path
+    objective: str, common: bool, toy: Classification, zoo: Zoo, tmp_path: Path
 ) -> None:
-    settings = {"objective": objective, "steps": 8}
-    config = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update=settings)})
+    settings, own = {"objective": objective, "steps": 8}, CONFIG.generator.model_copy(update={"common": common})
+    config = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update=settings), "generator": own})
     whole, _ = train(config, toy, zoo, tmp_path / "a.ckpt")
     with pytest.raises(KeyboardInterrupt):
         train(config, toy, zoo, tmp_path / "b.ckpt", stop_at=6)
