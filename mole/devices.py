@@ -16,7 +16,6 @@ def usable_device(device: str | torch.device) -> torch.device:
         if place.type == "meta":
             raise RuntimeError("nothing is computed there")
         torch.empty(1, device=place)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise MoleError(f"device {str(device)!r}: {reason}; legal is cpu, or cuda where PyTorch finds it") from None
+    except (RuntimeError, AssertionError, TypeError):
+        raise MoleError(f"device {device!r} is not here; legal is cpu, or cuda where PyTorch finds it") from None
     return place

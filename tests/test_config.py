@@ -101,11 +101,13 @@ def test_a_common_network_is_refused_where_tokens_have_no_ranks_or_networks_diff
     for change in (("generator.view", "graph"), ("generator.roles", "false"), ("generator.symmetry", "augment")):
         with pytest.raises(ConfigError, match="common needs symmetry equivariant, roles true, view neurons"):
             load([], [common, change])
-    with pytest.raises(ConfigError, match=r"vary\.width: networks of several layouts .* generator\.common false"):
-        load([], [common, ("harvest.vary.width", "[8, 16]")])
-    with pytest.raises(ConfigError, match=r"evaluate\.widths: networks of several layouts"):
-        load([], [common, ("evaluate.widths", "[20]")])
-    assert load([], [common, ("harvest.vary.width", "[16]"), ("evaluate.widths", "[16]")]).generator.common
+    with pytest.raises(
+        ConfigError, match=r"vary\.width, evaluate\.widths: networks of several .* or generator\.common"
+    ):
+        load([], [common, ("harvest.vary.width", "[8, 16]"), ("evaluate.widths", "[20]")])
+    with pytest.raises(ConfigError, match=r"vary\.activation: networks of several architectures"):
+        load([], [common, ("harvest.vary.activation", "[relu, tanh]")])
+    assert load([], [common, ("harvest.vary.width", "[24]"), ("evaluate.widths", "[24]")]).generator.common
 
 
 def test_energy_is_refused_where_nothing_is_drawn_from_pure_noise() -> None:

@@ -62,7 +62,8 @@ def run_rank(options: argparse.Namespace) -> int:
     reasons = {row.reason for row in board.rows}
     if len(reasons) == 1 and "" not in reasons and len(board.rows) > 1:
         raise MoleError(f"all {len(board.rows)} networks: {reasons.pop()}")
-    Console().print(terminal(board))
+    console = Console()
+    console.print(terminal(board, width=console.width))
     for path in save(board, options.out) if options.out else []:
         print(path)
     return 0 if any(row.scores for row in board.rows) else 1

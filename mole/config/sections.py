@@ -403,12 +403,13 @@ class Config(Section):
                 f"harvest.group_size is {harvest.group_size}, but a reservoir of {harvest.reservoir} runs takes groups "
                 f"of at most {harvest.reservoir // 2}; lower it or raise harvest.reservoir"
             )
-        layouts = [f"harvest.vary.{n}" for n in ("width", "depth") if len(set(getattr(harvest.vary, n) or ())) > 1]
-        layouts += ["evaluate.widths"] * bool(set(self.evaluate.widths) - {self.task.width})
-        if self.generator.common and layouts:
+        kinds = ("width", "depth", "activation")
+        differ = [f"harvest.vary.{n}" for n in kinds if len(set(getattr(harvest.vary, n) or ())) > 1]
+        differ += ["evaluate.widths"] * bool(set(self.evaluate.widths) - {*(harvest.vary.width or [self.task.width])})
+        if self.generator.common and differ:
             raise ValueError(
-                f"{layouts[0]}: networks of several layouts have no network in common; legal with it is "
-                "generator.common false"
+                f"{', '.join(differ)}: networks of several architectures have no network in common; legal is one "
+                "architecture, or generator.common false"
             )
         given = [n for n in ("labels", "data_fraction", "batch_size") if getattr(harvest.vary, n) is not None]
         if self.task.name == "cartpole" and given:

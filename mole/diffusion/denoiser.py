@@ -152,7 +152,7 @@ class Denoiser(nn.Module):
                 self._learn_edges(edges)
         self.common = CommonNetwork(views[0], width) if config.common else None
         if config.common and several:
-            raise MoleError("generator.common: these networks have several layouts; legal for them is false")
+            raise MoleError("generator.common: these networks have several architectures; legal for them is false")
         self.depth = nn.Linear(FEATURES, width, bias=False)
         self.embed = ConditionEmbedding(config.conditions, width)
         self.embed_data = SetEncoder(numbers, width) if config.data else None

@@ -15,8 +15,10 @@ from rich.table import Table
 from mole.files import replacing, write_text
 from mole.rank.leaderboard import Leaderboard
 
-COLUMNS = 3
-"""Scorers that a terminal shows beside the deciding one."""
+TOLD = ("name", "reason")
+"""Columns of words, which fold where a terminal is narrow."""
+LEAST = 16
+"""Characters that those have at least."""
 MOST = 60
 """Networks that a figure shows."""
 
@@ -41,23 +43,30 @@ def save(board: Leaderboard, folder: Path) -> list[Path]:
     return [folder / f"leaderboard.{end}" for end in ("csv", "parquet", "png")]
 
 
-def terminal(board: Leaderboard, most: int = 20) -> Table:
-    """The first rows, and every row with a reason, as a table of rich."""
-    table = Table(title=f"{len(board.rows)} networks by {board.by}")
+def terminal(board: Leaderboard, most: int = 20, width: int = 100) -> Table:
+    """The first rows, and every row with a reason, as a table of rich, with as many scorers as `width` characters
+    hold."""
     records = board.records()
-    others = [name for name in board.scorers if name != board.by]
-    names = ["rank", "name", board.by, *others[:COLUMNS]] if board.scorers else ["rank", "name"]
-    names += [name for name in ("low", "high", "best_probability") if name in records[0]]
-    for name in [*names, "reason"]:
-        told = name in ("name", "reason")
-        table.add_column(
-            name, justify="left" if told else "right", overflow="fold" if told else "ellipsis", no_wrap=not told
-        )
     shown = [record for place, record in enumerate(records) if place < most or record["reason"]]
+    ends = [name for name in ("low", "high", "best_probability") if name in records[0]]
+    ends += ["reason"] * any(record["reason"] for record in shown)
+
+    def names(others: list[str]) -> list[str]:
+        return ["rank", "name", *([board.by] if board.scorers else []), *others, *ends]
+
+    def needed(columns: list[str]) -> int:
+        longest = {name: max(len(name), *(len(_text(record[name])) for record in shown)) for name in columns}
+        return 1 + sum(3 + (min(LEAST, size) if name in TOLD else size) for name, size in longest.items())
+
+    others = [name for name in board.scorers if name != board.by]
+    count = next((n for n in range(len(others), 0, -1) if needed(names(others[:n])) <= width), 0)
+    table = Table(title=f"{len(board.rows)} networks by {board.by}")
+    for name in names(others[:count]):
+        table.add_column(name, justify="left" if name in TOLD else "right", overflow="fold", no_wrap=name not in TOLD)
     for record in shown:
-        table.add_row(*(_text(record[name]) for name in names), record["reason"])
+        table.add_row(*(_text(record[name]) for name in names(others[:count])))
     left = [f"{len(records) - len(shown)} more networks"] if len(shown) < len(records) else []
-    left += [f"{', '.join(others[COLUMNS:])} with --out"] if len(others) > COLUMNS else []
+    left += [f"{', '.join(others[count:])} with --out or a wider terminal"] if count < len(others) else []
     table.caption = "; ".join(left) or None
     return table
 

@@ -79,7 +79,9 @@ def test_untrained_it_is_nothing() -> None:
 
 
 def test_it_is_refused_where_ranks_do_not_order_tokens() -> None:
-    with pytest.raises(MoleError, match=r"generator\.common: these networks have several layouts; legal .* false"):
+    with pytest.raises(
+        MoleError, match=r"generator\.common: these networks have several architectures; legal .* false"
+    ):
         Denoiser([mlp(5, 4, 3), mlp(5, 9, 3)], COMMON)
     for name in ("attention", "depthwise and groups"):
         with pytest.raises(MoleError, match=r"generator\.common: .* of these networks have no weights .* is false"):

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ import mole
 from mole.errors import MoleError
 from mole.rank import Candidate, layer_scores, leaderboard, mean_rank, see, successive_halving, weighted_tau
 from mole.rank.repository import candidates, named
+from mole.rank.tables import terminal
 
 from ..conftest import run_command
 
@@ -96,7 +98,7 @@ def test_what_is_asked_for_wrongly_is_said_before_any_network_is_loaded(data: tu
         ((inputs[:2], labels[:2]), {}, "2 inputs; legal is 3 or more"),
         ((inputs, labels - 1), {}, "labels go down to -1; legal is 0 and above"),
         ((inputs.numpy(), labels), {}, "data are ndarray, Tensor; legal is tensors"),
-        (data, {"device": "cdua"}, "device 'cdua': .*; legal is cpu, or cuda where PyTorch finds it"),
+        (data, {"device": "cdua"}, "device 'cdua' is not here; legal is cpu, or cuda where PyTorch finds it"),
         (data, {"lacking": "eror"}, "lacking is 'eror', bootstrap 0; legal is row or error"),
     ):
         with pytest.raises(MoleError, match=message):
@@ -362,3 +364,16 @@ def test_halving_finds_the_best_at_a_fifth_of_the_evaluations() -> None:
         successive_halving({"a": noisy_network(0)}, (data[0][:80], labels[:80]), scorer="linear_probe")
     with pytest.raises(MoleError, match="rounds is 9; legal for 320 examples is 1 to 7"):
         successive_halving(networks, data, rounds=9)
+
+
+def test_a_narrow_terminal_shows_names_before_scorers(data: tuple[Tensor, Tensor]) -> None:
+    networks = {f"samples/{axis:05}.safetensors": axis_network(axis) for axis in (0, 1)}
+    board = leaderboard(networks, data, scorers=["silhouette", "class_mean", "neuralrank", "knn"], bootstrap=4)
+    text = {}
+    for width in (80, 160):
+        console = Console(width=width)
+        with console.capture() as captured:
+            console.print(terminal(board, width=width))
+        text[width] = captured.get()
+    assert "samples/0000" in text[80] and "best_probability" in text[80] and "with --out or a wider" in text[80]
+    assert "samples/00000.safetensors" in text[160] and "mean_rank" in text[160] and "wider" not in text[160]
