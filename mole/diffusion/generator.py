@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -294,6 +295,25 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.save(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """Read a generator from a folder, or from a repository of the Hugging Face hub.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or `owner/name`.
+            options: `device`, and what the hub library takes (`revision`, `cache_dir`, `token`, ...).
+
+        Raises:
+            MoleError: it is neither, or there is no generator in it.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        except HFValidationError:
+            raise MoleError(
+                f"{pretrained_model_name_or_path}: no folder here; legal is a folder of config.json and "
+                "model.safetensors, or owner/name of a repository on the hub"
+            ) from None
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, device: str = "cpu", **download: Any) -> Self:  # pyright: ignore

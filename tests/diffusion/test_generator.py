@@ -143,6 +143,8 @@ def test_damaged_and_missing_files_are_named(generator: Generator, tmp_path: Pat
 
 def test_a_generator_travels_as_a_hugging_face_folder(generator: Generator, tmp_path: Path) -> None:
     generator.save(tmp_path / "saved").save_pretrained(tmp_path / "hub")
+    with pytest.raises(MoleError, match=r"nowhere: no folder here; legal is a folder .* or owner/name of a repository"):
+        Generator.from_pretrained(tmp_path / "nowhere")
     assert {path.name for path in (tmp_path / "hub").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     page = (tmp_path / "hub" / "README.md").read_text()
     assert "library_name: mole" in page and "64-16-10" in page and "loss 0.1 to 2.4" in page
