@@ -1,6 +1,8 @@
-"""The front door: `python train.py` runs configs/digits.yaml; `python train.py --help` says the rest."""
+"""The front door: `python train.py` is `mole train`, and runs configs/digits.yaml; `--help` says the rest."""
+
+import sys
 
 from mole.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["train", *sys.argv[1:]])

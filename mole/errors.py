@@ -1,5 +1,9 @@
 """The errors a person can cause, and the warnings they should read."""
 
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
 
 class MoleError(Exception):
     """Something the user can mend; the message says where, what, what is legal and what to do."""
@@ -8,14 +12,34 @@ class MoleError(Exception):
 class ConfigError(MoleError):
     """One or more mistakes in the configuration, all of them listed."""
 
-    def __init__(self, mistakes: list[str]) -> None:
+    def __init__(self, mistakes: list[str], where: str = "configuration") -> None:
         self.mistakes = mistakes
-        count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''} in the configuration"
+        count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''} in the {where}"
         super().__init__("\n".join([count, *(f"  {mistake}" for mistake in mistakes)]))
+
+
+class ChoiceError(MoleError, ValueError):
+    """A name that is none of the legal ones."""
 
 
 class CorruptFileError(MoleError):
     """A file is truncated, altered or not what its name says."""
+
+
+class StoppedError(BaseException):
+    """A signal asked the process to stop; what was done is on disk."""
+
+    def __init__(self, signal: int) -> None:
+        self.code = 128 + signal
+        super().__init__(f"stopped by signal {signal}")
+
+
+class GenerationWarning(UserWarning):
+    """Some generated networks are no networks: they have NaN or infinite weights."""
+
+
+class HarvestWarning(UserWarning):
+    """A callback keeps less of a training than was asked for, or nothing; the training goes on."""
 
 
 class PromptWarning(UserWarning):
@@ -28,3 +52,17 @@ class SymmetryWarning(UserWarning):
 
 class VectorisationWarning(UserWarning):
     """A population is trained one network at a time, because its network cannot be batched."""
+
+
+def check_choice(name: str, value: Any, legal: Iterable[str]) -> None:
+    """Refuse a name that is none of the legal ones.
+
+    Raises:
+        ChoiceError: naming the legal ones and the nearest of them.
+    """
+    names = list(legal)
+    if isinstance(value, str) and value in names:
+        return
+    near = difflib.get_close_matches(value, names, 1) if isinstance(value, str) else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ChoiceError(f"{name} is {value!r}; legal: {', '.join(names)}{hint}")

@@ -2,13 +2,17 @@
 
 import csv
 import io
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from mole.files import write_text
+from mole.files import value_digest, write_text
+from mole.reading.guard import is_regular
 
 COLUMNS = ("stage", "step", "metric", "value")
+
+logger = logging.getLogger("mole")
 
 
 class MetricsFile:
@@ -18,11 +22,10 @@ class MetricsFile:
         self.path = path
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drop the rows of `stage` after `step`, and a last row that a crash cut short."""
-        rows: list[list[str]] = []
-        if self.path.exists():
-            whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
-            rows = [row for row in csv.reader(io.StringIO(whole)) if len(row) == len(COLUMNS) and row[1].isdigit()]
+        """Drop the rows of `stage` after `step`, and rows that are damaged."""
+        rows, damaged = self._rows()
+        if damaged:
+            logger.warning("%s: %d damaged rows are left out", self.path, damaged)
         kept = [row for row in rows if row[0] != stage or int(row[1]) <= step]
         write_text(self.path, _format([list(COLUMNS), *kept]))
 
@@ -31,6 +34,33 @@ class MetricsFile:
         rows = [[stage, step, name, repr(float(value))] for name, value in values.items() if math.isfinite(value)]
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_format(rows))
+
+    def digest(self, stage: str) -> str:
+        """Digest of the rows of a stage."""
+        return value_digest([row for row in self._rows()[0] if row[0] == stage])
+
+    def _rows(self) -> tuple[list[list[str]], int]:
+        """Whole rows, and how many lines are none; a last one that a crash cut short does not count."""
+        if not is_regular(self.path):
+            return [], 0
+        whole = self.path.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
+        rows, damaged = [], 0
+        for line in whole.split("\n")[1:]:
+            row = _parsed(line)
+            if row is None:
+                damaged += 1
+            else:
+                rows.append(row)
+        return rows, damaged
+
+
+def _parsed(line: str) -> list[str] | None:
+    try:
+        (row,) = csv.reader([line])
+        float(row[3])
+    except (csv.Error, ValueError, IndexError):
+        return None
+    return row if len(row) == len(COLUMNS) and row[1].isascii() and row[1].isdigit() else None
 
 
 def _format(rows: list[list[object]] | list[list[str]]) -> str:

@@ -1,9 +1,12 @@
 """What a person sees while a run goes on: a bar on a terminal, a line about every 30 s elsewhere."""
 
+import os
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -13,11 +16,67 @@ SILENCE = 30.0
 """Seconds between two lines where there is no terminal."""
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|[\ud800-\udfff]")
+LONGEST = 2000
+"""Characters of a line that is printed."""
+
+
+def printable(text: str) -> str:
+    """Text that does nothing to a terminal: control sequences in names become visible, very long lines are cut.
+
+    Example:
+        >>> printable("a\x1b[2Jb")
+        'a\\\\x1b[2Jb'
+    """
+    lines = (line if len(line) <= LONGEST else f"{line[:LONGEST]} ... (cut)" for line in text.split("\n"))
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), "\n".join(lines))
+
+
+class _Steady:
+    """A stream whose other end may go away: what cannot be written any more is left out, and the work goes on."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):
+            self._gone()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._gone()
+
+    def _gone(self) -> None:
+        self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - open until the process ends
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def steady_streams() -> None:
+    """Make standard output and error survive: a reader that has gone (`| head -1`), a stream that was closed before
+    the process began, characters that a terminal does not have."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, _Steady):
+            continue
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - open until the process ends
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, _Steady(stream))
+
+
 class BarReporter:
     """One progress bar per stage, with rate and time left."""
 
     def say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stdout)
+        tqdm.write(printable(line), file=sys.stdout)
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:
@@ -36,7 +95,7 @@ class LineReporter:
     """A line when a stage begins and ends, and about every 30 s between."""
 
     def say(self, line: str) -> None:
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:

@@ -17,6 +17,8 @@ from mole.tasks import Classification, Split, load_task
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - {ROOT / "configs" / "neuralrank.yaml"})
 """Of jobs; that one is a benchmark's."""
+COMMANDS = ("zoo", "import", "rank")
+"""Of `mole`, beside the main job."""
 
 torch.set_num_threads(1)  # networks here are tiny: on a machine with other work, threads wait for each other
 
@@ -63,8 +65,11 @@ def toy_zoo(toy: Classification) -> Zoo:
 def run_command(
     *arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None, code: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `train.py`, or `code`, with these arguments in a process of its own."""
-    program: Sequence[str] = ["-c", code] if code is not None else [str(ROOT / "train.py")]
+    """Run `train.py`, another command of `mole`, or `code`, with these arguments in a process of its own."""
+    others = arguments and arguments[0] in COMMANDS
+    program: Sequence[str] = (
+        ["-c", code] if code is not None else ["-m", "mole"] if others else [str(ROOT / "train.py")]
+    )
     return subprocess.run(
         [sys.executable, *program, *arguments],
         cwd=cwd, env={**os.environ, **(env or {})}, text=True, capture_output=True, timeout=600,

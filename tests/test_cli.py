@@ -12,7 +12,8 @@ from .conftest import ROOT, run_command
 def test_bad_input_exits_with_2_names_every_mistake_and_never_imports_torch(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom mole.cli import main\n"
-        "try:\n    main(sys.argv[1:])\nfinally:\n    print('torch' in sys.modules, 'numpy' in sys.modules)\n"
+        "try:\n    main(['train', *sys.argv[1:]])\n"
+        "finally:\n    print('torch' in sys.modules, 'numpy' in sys.modules)\n"
     )
     done = run_command("--train.stepz", "3", "--train.steps", "x", "--only", "harvset", "nowhere.yaml", code=code)
     assert done.returncode == 2

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from mole.errors import CorruptFileError
-from mole.files import file_digest, read_json, replacing, value_digest, write_json, write_text
+from mole.files import file_digest, replacing, value_digest, write_json, write_text
+from mole.reading.text import read_json
 
 
 def test_a_failing_writer_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:

@@ -9,31 +9,38 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mole"
 
-BASE = {"errors", "files"}
+BASE = {"errors", "files", "reading"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
-    "files": {"errors"},
+    "__main__": {"cli"},
+    "reading": {"errors"},
+    "files": {"errors", "reading"},
+    "revision": set(),
+    "signals": {"errors"},
     "devices": {"errors"},
-    "config": {"errors"},
+    "config": {"errors", "reading"},
     "reporting": set(),
     "seeding": set(),
     "terminal": {"reporting"},
-    "metrics": {"files"},
+    "metrics": {"files", "reading"},
     "tracking": {"config"},
-    "stages": {"config", *BASE},
+    "stages": {"config", "metrics", "provenance", "revision", *BASE},
     "representations": {"seeding", *BASE},
     "tasks": {"config", "representations", "seeding", *BASE},
     "checkpoints": {"config", "representations", "seeding", "tasks", *BASE},
-    "diffusion": {"config", "devices", "reporting", "representations", "seeding", "tasks", "checkpoints", *BASE},
+    "diffusion": {
+        "config", "devices", "reporting", "representations", "revision", "seeding", "signals", "tasks", "checkpoints",
+        *BASE,
+    },
     "evaluation": {"config", "representations", "seeding", "tasks", "checkpoints", *BASE},
     "rank": {"checkpoints", "config", "devices", "tasks", *BASE},
     "provenance": BASE,
     "pipeline": {
         "checkpoints", "config", "diffusion", "evaluation", "metrics", "provenance", "rank", "reporting",
-        "representations", "stages", "tasks", "tracking", *BASE,
+        "representations", "revision", "stages", "tasks", "tracking", *BASE,
     },
-    "cli": {"checkpoints", "config", "files", "errors", "pipeline", "rank", "stages", "tasks", "terminal"},
+    "cli": {"checkpoints", "config", "pipeline", "rank", "revision", "signals", "stages", "tasks", "terminal", *BASE},
 }  # fmt: skip
 
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mole
-from mole.files import file_digest, read_json
+from mole.files import file_digest
 from mole.provenance import Ledger
+from mole.reading.text import read_json
 
 from .conftest import CONFIGS, ROOT, run_command
 
@@ -94,7 +95,10 @@ def test_the_leaderboard_is_in_order_of_the_deciding_scorer(tiny_run: Path) -> N
 
 def test_the_same_command_again_skips_every_stage(tiny_run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.*") if path.name != ".lock"}
-    code = "import sys\nfrom mole.cli import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+    code = (
+        "import sys\nfrom mole.cli import main\n"
+        "try:\n    main(['train', *sys.argv[1:]])\nfinally:\n    print('torch' in sys.modules)"
+    )
     done = run_command("configs/tiny.yaml", "--out", str(tiny_run), code=code)
     assert done.returncode == 0 and done.stdout.count("skipped") == 5 and "False" in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.*") if path.name != ".lock"}
@@ -103,7 +107,9 @@ def test_the_same_command_again_skips_every_stage(tiny_run: Path) -> None:
 def test_a_changed_key_runs_what_depends_on_it_and_damaged_files_are_made_again(tiny_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(tiny_run, folder)
-    dry = run_command("configs/tiny.yaml", "--out", str(folder), "--rank.scorers", "[class_mean]", "--dry-run").stdout
+    dry = run_command(
+        "configs/tiny.yaml", "--out", str(folder), "--rank.scorers", "[class_mean]", "--dry-run", "--replace"
+    ).stdout
     assert dry.count("would be skipped") == 4 and "rank: would run, its configuration or its inputs changed" in dry
 
     digest = file_digest(folder / "generator" / "model.safetensors")
@@ -149,7 +155,7 @@ def test_a_damaged_ledger_is_said_before_the_work_and_a_damaged_report_is_writte
     assert "rank" in json.loads((folder / "report.json").read_text())
     ledger = folder / "provenance" / "ledger.jsonl"
     ledger.write_text(ledger.read_text().replace('"zoo"', '"zoos"', 1))
-    done = run_command("configs/tiny.yaml", "--out", str(folder), "--train.steps", "61")
+    done = run_command("configs/tiny.yaml", "--out", str(folder), "--train.steps", "61", "--replace")
     assert done.returncode == 1 and "altered after it was written" in done.stderr
     assert "train:" not in done.stdout
 
@@ -159,7 +165,7 @@ def test_files_of_others_are_left_alone(tiny_run: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_run, folder)
     (folder / "samples" / "photo.jpg").write_text("mine")
     shutil.copy(folder / "samples" / "00000.safetensors", folder / "samples" / "mine.safetensors")
-    done = run_command("configs/tiny.yaml", "--out", str(folder), "--sample.networks", "2")
+    done = run_command("configs/tiny.yaml", "--out", str(folder), "--sample.networks", "2", "--replace")
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (folder / "samples").iterdir())
     assert names == ["00000.safetensors", "00001.safetensors", "mine.safetensors", "photo.jpg"]
@@ -175,7 +181,7 @@ def test_in_transit_no_zoo_is_written_and_every_group_is_recorded_before_it_is_r
     folder = tmp_path / "run"
     shutil.copytree(tiny_run, folder)
     shutil.rmtree(folder / "zoo")
-    killed = run_command("train", *STREAM, "--out", str(folder), code=KILL)
+    killed = run_command("train", *STREAM, "--out", str(folder), "--replace", code=KILL)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     before = [r for r in Ledger(folder / "provenance" / "ledger.jsonl").records if r["type"] == "streamed group"]
     done = run_command(*STREAM, "--out", str(folder))
@@ -273,7 +279,8 @@ def test_two_processes_train_one_generator_and_the_first_alone_writes(tmp_path: 
     assert again.returncode == 0 and again.stdout.count("skipped") == 2
     for name in ("zoo", "stages"):
         shutil.copytree(tmp_path / "ddp" / name, tmp_path / "fsdp" / name)
-    done = run_twice(*short, str(tmp_path / "fsdp"), "--runtime.strategy", "fsdp", "--train.checkpoint_every", "10")
+    done = run_twice(*short, str(tmp_path / "fsdp"), "--runtime.strategy", "fsdp", "--train.checkpoint_every", "10",
+                     "--replace")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     losses = []
     for kind in ("ddp", "fsdp"):
@@ -333,7 +340,7 @@ else:
     mark = pipeline.write_marker
     pipeline.write_marker = lambda f, c, name, *a: die() if name == stage else mark(f, c, name, *a)
 from mole.cli import main
-main()
+main(["train", *sys.argv[1:]])
 """
 
 
@@ -367,7 +374,7 @@ def interrupt(self, trainer):
         os.kill(os.getpid(), signal.SIGINT)
 watch.Watch._save = interrupt
 from mole.cli import main
-main()
+main(["train", *sys.argv[1:]])
 """
 
 
@@ -384,7 +391,7 @@ def test_ctrl_c_keeps_what_is_done(tiny_run: Path, tmp_path: Path) -> None:
 
 
 FULL = """
-import errno, os
+import errno, os, sys
 import mole.files
 real, count = os.fsync, [0]
 def fsync(descriptor):
@@ -394,7 +401,7 @@ def fsync(descriptor):
     real(descriptor)
 os.fsync = fsync
 from mole.cli import main
-main()
+main(["train", *sys.argv[1:]])
 """
 
 

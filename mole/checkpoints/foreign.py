@@ -18,7 +18,7 @@ from torch import Tensor
 from mole.checkpoints.format import plain
 from mole.checkpoints.gpt import NETWORKS, step_of_key
 from mole.errors import CorruptFileError
-from mole.files import read_json
+from mole.reading.text import read_json
 from mole.representations import WeightSpec
 
 SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".safetensors"}

@@ -1,17 +1,16 @@
 """The files of a zoo, as docs/zoo_format.md specifies them: names, headers, layouts, seals, and their checks."""
 
-import json
 import struct
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
 from mole.errors import CorruptFileError, MoleError
-from mole.files import file_digest, read_json, replacing, value_digest, write_json
+from mole.files import file_digest, is_sealed, read_sealed, sealed, write_json
+from mole.reading.text import parse_json, read_json
 from mole.representations import WeightSpec
 
 FORMAT = 3
@@ -87,25 +86,6 @@ def shards(folder: Path) -> list[ShardFiles]:
     return [ShardFiles(folder, path.stem) for path in sorted((folder / "shards").glob("[!.]*.parquet"))]
 
 
-def sealed(value: dict[str, Any]) -> dict[str, Any]:
-    """The same values with their digest under `seal`."""
-    rest = {key: item for key, item in value.items() if key != "seal"}
-    return {**rest, "seal": value_digest(rest)}
-
-
-def read_sealed(path: Path, keys: set[str]) -> dict[str, Any]:
-    """Read a JSON file that carries its own digest.
-
-    Raises:
-        CorruptFileError: it does not hold what was written.
-        FileNotFoundError: there is no such file.
-    """
-    value = read_json(path)
-    if not isinstance(value, dict) or not keys <= value.keys() or sealed(value) != value:
-        raise CorruptFileError(f"{path}: truncated or altered (its seal differs)")
-    return value
-
-
 def read_header(folder: Path) -> Header:
     """The header of a zoo.
 
@@ -120,9 +100,16 @@ def read_header(folder: Path) -> Header:
         hint = f"; there is one in {folder / 'zoo'}" if (folder / "zoo" / "zoo.json").is_file() else ""
         raise MoleError(f"{folder}: no zoo here (zoo.json is missing){hint}") from None
     if isinstance(found, dict) and found.get("format") != FORMAT:
-        raise MoleError(f"{path}: format {found.get('format')}; this version reads {FORMAT}: harvest again")
-    value = read_sealed(path, {"metric", "dtype", "recipe"})
-    return Header(value["metric"], value["dtype"], value["recipe"])
+        told = str(found.get("format"))[:20]
+        raise MoleError(f"{path}: format {told}; this version reads {FORMAT}: harvest again")
+    if not is_sealed(found, {"metric", "dtype", "recipe"}):
+        raise CorruptFileError(f"{path}: truncated or altered (its seal differs)")
+    metric, dtype, recipe = (found[name] for name in ("metric", "dtype", "recipe"))
+    if not isinstance(metric, str) or not isinstance(dtype, str) or not isinstance(recipe, dict):
+        raise CorruptFileError(
+            f"{path}: no header of a zoo; legal are a metric and a dtype in words, and a recipe by name"
+        )
+    return Header(metric, cast("Dtype", dtype), recipe)
 
 
 def layout_path(folder: Path, fingerprint: str) -> Path:
@@ -142,24 +129,6 @@ def read_layouts(folder: Path) -> dict[str, WeightSpec]:
             raise CorruptFileError(f"{path}: truncated or altered (its name is not its digest)")
         found[path.stem] = spec
     return found
-
-
-def write_once(path: Path, value: Any) -> bool:
-    """Write a JSON file unless there is one; of several writers at once just one succeeds."""
-    if path.exists():
-        return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    mine = path.parent / f".tmp-{uuid.uuid4().hex}"
-    with replacing(mine) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    try:
-        path.hardlink_to(mine)
-    except FileExistsError:
-        return False
-    finally:
-        mine.unlink(missing_ok=True)
-    return True
 
 
 def shard_fault(files: ShardFiles) -> str | None:
@@ -208,7 +177,7 @@ def _layout_of(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            return json.loads(file.read(min(length, HEADER_BYTES)))["__metadata__"]["layout"]
+            return parse_json(file.read(min(length, HEADER_BYTES)))["__metadata__"]["layout"]
     except (OSError, ValueError, KeyError, TypeError, struct.error):
         return None
 
@@ -224,7 +193,7 @@ def weights_shape(path: Path, dtype: Dtype) -> tuple[int, int]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
             tensor = header["weights"]
             (rows, size), (start, stop) = tensor["shape"], tensor["data_offsets"]
             expected = rows * size * TORCH_DTYPES[dtype].itemsize

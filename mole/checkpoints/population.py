@@ -21,7 +21,7 @@ from mole.config import TaskConfig
 from mole.errors import MoleError, VectorisationWarning
 from mole.seeding import derived
 from mole.tasks import Task
-from mole.tasks.batched import advance_keys, dropout_keys, singly
+from mole.tasks.batched import advance_keys, dropout_keys, own_state, singly
 
 logger = logging.getLogger("mole")
 
@@ -33,9 +33,6 @@ CACHED_NUMBERS = 3_500_000
 
 CHECK_EVERY = 25
 """Steps between two looks for runs that have diverged."""
-
-Losses = Callable[..., Tensor]
-"""(state with tensors (n, *shape), batch with tensors (n, B, ...)) -> losses (n,)."""
 
 
 @dataclass(frozen=True)
@@ -157,11 +154,15 @@ class _Population:
         """Steps before the present one."""
         self.compiled = False
         learners = [task.learner(seed) for seed in seeds]
-        self.trained = [name for name, _ in learners[0].named_parameters()]
-        states = [learner.state_dict() for learner in learners]
+        self.trained = [name for name, parameter in learners[0].named_parameters() if parameter.requires_grad]
+        if not self.trained:
+            raise MoleError(f"{task.config.name}: every layer of the network is frozen; there is nothing to train")
+        states = [own_state(learner) for learner in learners]
         state = {name: torch.stack([s[name] for s in states]) for name in states[0]}
+        self.buffers = [name for name, _ in task.template.named_buffers() if name in state]
         if initial is not None:
-            state |= {task.prefix + name: tensor.clone() for name, tensor in task.spec.unflatten(initial).items()}
+            given = {task.prefix + name: tensor.clone() for name, tensor in task.spec.unflatten(initial).items()}
+            state |= {name: tensor for name, tensor in given.items() if name in state}  # tied ones have one name here
         self.keys = dropout_keys(task.template)
         state |= {name: torch.zeros(len(seeds), dtype=torch.int64) for name in self.keys}
         self.state = {name: tensor.to(task.device) for name, tensor in state.items()}
@@ -177,7 +178,7 @@ class _Population:
         advance_keys(self.state, self.keys, self.seeds, step)
         self.optimizer.param_groups[0]["lr"] = learning_rate_at(self.task, step)
         self.optimizer.zero_grad()
-        losses = self.batched_losses(self.state, *batch) if step else self._first_losses(batch)
+        losses = self._updated(*self.outcome(self.state, *batch)) if step else self._first_losses(batch)
         losses.sum().backward()
         if self.task.config.gradient_clip is not None:
             self._clip(self.task.config.gradient_clip)
@@ -186,21 +187,32 @@ class _Population:
         if step % CHECK_EVERY == CHECK_EVERY - 1:
             self._stop_diverged()
 
+    def _loss(self, state: dict[str, Tensor], *batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one run, and its buffers after the step, also those that a network assigns anew in its forward."""
+        state = dict(state)
+        loss = self.task.loss(state, *batch)
+        return loss, {name: state[name] for name in self.buffers}
+
+    def _updated(self, losses: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+        """The losses (n,); the buffers become the runs' own."""
+        self.state |= {name: tensor.detach() for name, tensor in buffers.items()}
+        return losses
+
     def _first_losses(self, batch: tuple[Tensor, ...]) -> Tensor:
         """The first step decides how losses are computed: batched, or one by one where that is faster or cannot be."""
         if singly(self.task.template, self.task.device):
-            self.batched_losses = self._one_by_one
+            self.outcome = self._one_by_one
             return self._tried(batch)
         buffers = {name: t.clone() for name, t in self.state.items() if name not in self.trained}
-        batched = vmap(self.task.loss)
+        batched = vmap(self._loss)
         if self.compiled:
-            self.batched_losses = torch.compile(batched, dynamic=False)
+            self.outcome = torch.compile(batched, dynamic=False)
             try:
                 return self._tried(batch)
             except (RuntimeError, ValueError) as error:
                 logger.warning("cannot compile (%s); going on without", _short(error))
                 self._restore(buffers)
-        self.batched_losses = batched
+        self.outcome = batched
         try:
             return self._tried(batch)
         except (RuntimeError, ValueError) as error:
@@ -211,7 +223,7 @@ class _Population:
                 stacklevel=4,
             )
         self._restore(buffers)
-        self.batched_losses = self._one_by_one
+        self.outcome = self._one_by_one
         return self._tried(batch)
 
     def _tried(self, batch: tuple[Tensor, ...]) -> Tensor:
@@ -221,7 +233,7 @@ class _Population:
             MoleError: the device is full.
         """
         try:
-            return self.batched_losses(self.state, *batch)
+            return self._updated(*self.outcome(self.state, *batch))
         except torch.OutOfMemoryError:
             raise MoleError(
                 f"{self.task.config.name}: no memory on {self.task.device} for {len(self.runs)} networks at once; "
@@ -232,15 +244,18 @@ class _Population:
         for name, tensor in buffers.items():
             self.state[name].copy_(tensor)
 
-    def _one_by_one(self, state: dict[str, Tensor], *batch: Tensor) -> Tensor:
-        """Losses without `vmap` and its limits. What a run draws depends on its seed and step."""
-        found, parts = [], {name: tensor.unbind() for name, tensor in state.items()}
+    def _one_by_one(self, state: dict[str, Tensor], *batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses and buffers without `vmap` and its limits. What a run draws depends on its seed and step."""
+        losses, buffers = list[Tensor](), list[dict[str, Tensor]]()
+        parts = {name: tensor.unbind() for name, tensor in state.items()}
         devices = [self.task.device] if self.task.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             for i, seed in enumerate(self.seeds.tolist()):
                 torch.manual_seed(derived("a step of its own", seed, self.taken))
-                found.append(self.task.loss({name: part[i] for name, part in parts.items()}, *(t[i] for t in batch)))
-        return torch.stack(found)
+                loss, own = self._loss({name: part[i] for name, part in parts.items()}, *(t[i] for t in batch))
+                losses.append(loss)
+                buffers.append(own)
+        return torch.stack(losses), {name: torch.stack([own[name] for own in buffers]) for name in self.buffers}
 
     def _clip(self, largest: float) -> None:
         gradients = [g for name in self.trained if (g := self.state[name].grad) is not None]

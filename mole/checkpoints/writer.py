@@ -25,14 +25,12 @@ from mole.checkpoints.format import (
     layout_path,
     read_header,
     read_layouts,
-    read_sealed,
     shard_fault,
     shards,
-    write_once,
     write_seal,
 )
 from mole.errors import CorruptFileError, MoleError
-from mole.files import file_digest, locked, replacing
+from mole.files import file_digest, locked, read_sealed, replacing, write_json_once
 from mole.representations import WeightSpec
 
 Columns = Mapping[str, Sequence[Any] | Tensor]
@@ -62,7 +60,7 @@ class ZooWriter:
         self.lock = locked(self.folder / "shards" / f".{name}.lock", f"another process writes there as {name!r}")
         self.lock.__enter__()
         try:
-            if not write_once(self.folder / "zoo.json", header.to_json()) and read_header(self.folder) != header:
+            if not write_json_once(self.folder / "zoo.json", header.to_json()) and read_header(self.folder) != header:
                 raise MoleError(
                     f"{self.folder}: a zoo of another recipe, metric or dtype is here; choose another folder"
                 )
@@ -109,7 +107,7 @@ class ZooWriter:
         """Write a layout down unless it is there; returns its name."""
         layout = spec.fingerprint[:16]
         if layout not in self.known:
-            write_once(layout_path(self.folder, layout), spec.to_json())
+            write_json_once(layout_path(self.folder, layout), spec.to_json())
             self.known.add(layout)
         return layout
 

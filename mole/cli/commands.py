@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from mole.cli.rank import add_parser, run_rank
 from mole.errors import ConfigError
+from mole.terminal import printable
 
 COMMANDS = ("zoo", "import", "rank")
 
@@ -15,7 +16,7 @@ class _Parser(argparse.ArgumentParser):
     """Says its mistakes as the rest of the command line does."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError([f"command line: {message}; {' '.join(self.format_usage().split())}"])
+        raise ConfigError([f"command line: {message}; {' '.join(self.format_usage().split())}"], "command line")
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 def _show(path: Path) -> int:
     from mole.checkpoints import Zoo
 
-    print(Zoo(path))
+    print(printable(repr(Zoo(path))))
     return 0
 
 
@@ -62,8 +63,11 @@ def _verify(path: Path) -> int:
 
     faults = verify(path)
     for fault in faults:
-        print(fault)
-    print(f"{path}: {len(shards(path))} shards, " + (f"{len(faults)} faults" if faults else "every byte as written"))
+        print(printable(fault))
+    print(
+        f"{printable(str(path))}: {len(shards(path))} shards, "
+        + (f"{len(faults)} faults" if faults else "every byte as written")
+    )
     return 1 if faults else 0
 
 
@@ -78,5 +82,5 @@ def _import(options: argparse.Namespace) -> int:
             options.path, options.into, metric=options.metric, dtype=options.dtype,
             progress=lambda done, _: advance(done),
         )  # fmt: skip
-    print(report)
+    print(printable(str(report)))
     return 0 if report.checkpoints or report.known else 1

@@ -6,6 +6,7 @@ Nothing here imports torch before the input has been found good.
 import argparse
 import difflib
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,29 +14,35 @@ from pathlib import Path
 from typing import Any
 
 from mole import stages as staging
-from mole.config import Config, keys, load, to_yaml
+from mole.config import Config, keys, load, shipped, to_yaml
 from mole.errors import ConfigError
-from mole.files import locked
+from mole.files import LockedError, locked, sweep, value_digest
+from mole.signals import handling, stop
 from mole.stages import STAGES, RunFolder, StageName
+from mole.terminal import printable
 
 BEGAN = time.perf_counter()
+DEFAULT_CONFIG = Path("configs") / "digits.yaml"
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-DEFAULT_CONFIG = ROOT / "configs" / "digits.yaml"
-
-FLAGS = {"--only": "STAGES", "--out": "DIR", "--print-config": "", "--dry-run": "", "--help": ""}
+FLAGS = {
+    "--only": "STAGES", "--out": "DIR", "--replace": "", "--redo": "", "--print-config": "", "--dry-run": "",
+    "--help": "",
+}  # fmt: skip
+SWITCHES = [flag for flag, value in FLAGS.items() if not value]
 
 DESCRIPTION = f"""\
 Harvest checkpoint histories, train a generator on them, generate networks in one pass, judge and rank them.
 
-usage: python train.py [CONFIG.yaml ...] [--section.key VALUE ...] [options]
+usage: python train.py [CONFIG.yaml ...] [--section.key VALUE ...] [options]     (or: mole train ...)
 
   CONFIG.yaml ...       layered left to right; without one: configs/digits.yaml
   --section.key VALUE   override one key, for example --train.steps 500
   --only STAGES         only these, comma-separated: {", ".join(STAGES)}
-  --out DIR             run folder; without it: runs/<name>
+  --out DIR             run folder; without it: runs/<name>, and what differs from the first file (runs/digits-s1)
+  --replace             replace finished work of another configuration in that folder
+  --redo                do again what other code has done
   --print-config        print the resulting configuration and stop
-  --dry-run             print what would run and stop
+  --dry-run             print what would run, how long and with how much memory, and stop
 
 The same command again resumes: finished stages are skipped, a stage that was cut off continues.
 """
@@ -48,8 +55,12 @@ class Request:
     config: Config
     stages: tuple[StageName, ...]
     out: Path
-    print_config: bool
-    dry_run: bool
+    print_config: bool = False
+    dry_run: bool = False
+    replace: bool = False
+    """Whether finished work of another configuration may be replaced."""
+    redo: bool = False
+    """Whether work of other code is done again."""
 
 
 def run_job(arguments: Sequence[str]) -> int:
@@ -58,6 +69,9 @@ def run_job(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: with every mistake.
     """
+    if any(argument in ("--help", "-h") for argument in arguments):
+        print(DESCRIPTION, end="")
+        return 0
     request = parse(arguments)
     if request.print_config:
         print(to_yaml(request.config), end="")
@@ -76,30 +90,106 @@ def parse(arguments: Sequence[str]) -> Request:
     """
     paths, overrides, options, mistakes = _split(arguments)
     stages = _stages(options.only, mistakes)
+    paths = [shipped(path) for path in paths] or [shipped(DEFAULT_CONFIG)]
     try:
-        config = load(paths or [DEFAULT_CONFIG], overrides)
+        config = load(paths, overrides)
     except ConfigError as error:
         raise ConfigError(mistakes + error.mistakes) from None
     mistakes += [f"configuration: {fault}" for fault in staging.unlearnable(config, stages)]
+    if not options.out:
+        config = config.model_copy(update={"name": run_name(config, paths[0])})
     out = Path(options.out) if options.out else Path("runs") / config.name
-    for place in (out, *out.parents):
-        if place.exists() and not place.is_dir():
-            mistakes.append(f"command line: --out: {place} is a file; legal is a folder, which may not exist yet")
-    needed = staging.unmet(config, RunFolder(out), stages) if not mistakes else {}
+    mistakes += _folder_mistakes(out)
+    folder = RunFolder(out)
+    needed = staging.unmet(config, folder, stages) if not mistakes else {}
     if needed:
         reasons = "; ".join(f"{stage}: {reason}" for stage, reason in needed.items())
         mistakes.append(
             f"command line: --only {options.only}: in {out} other stages have to run first ({reasons}); "
             f"legal is --only {','.join(sorted({*needed, *stages}, key=STAGES.index))}, or no --only"
         )
+    if not mistakes and not options.replace and not options.print_config:
+        mistakes += _clash(config, folder, stages)
     if mistakes:
         raise ConfigError(mistakes)
-    return Request(config, stages, out, options.print_config, options.dry_run)
+    return Request(config, stages, out, options.print_config, options.dry_run, options.replace, options.redo)
+
+
+def _folder_mistakes(out: Path) -> list[str]:
+    """Why nothing can be written there."""
+    try:
+        str(out.absolute()).encode("utf-8")
+    except UnicodeEncodeError:
+        return [f"command line: --out: the name of {out.absolute()} is not UTF-8, which safetensors cannot write; "
+                "legal is a folder with another name"]  # fmt: skip
+    except OSError as error:
+        return [
+            f"command line: --out: the present folder cannot be found ({error.strerror}); legal is one that is there"
+        ]
+    return [f"command line: --out: {place} is a file; legal is a folder, which may not exist yet"
+            for place in (out, *out.parents) if place.exists() and not place.is_dir()]  # fmt: skip
+
+
+def _clash(config: Config, folder: RunFolder, stages: tuple[StageName, ...]) -> list[str]:
+    """What finished work of another configuration would be replaced."""
+    differences = staging.clashes(config, folder, stages)
+    if not differences:
+        return []
+    more = f", and {len(differences) - 12} more" if len(differences) > 12 else ""
+    return [f"{folder.root} holds work of another configuration ({'; '.join(differences[:12])}{more}); legal is "
+            "another folder (--out DIR or --name NAME), or --replace, which removes that work"]  # fmt: skip
+
+
+def run_name(config: Config, first: Path) -> str:
+    """Name of a run: that of its first configuration file, and whatever else the command changes of its results.
+
+    Example: `digits-s1` for `--seed 1`, `digits-objective_mean` for `--train.objective mean`.
+    """
+    try:
+        reference = load([first])
+    except ConfigError:  # a part of a configuration, that does not stand alone
+        return config.name
+    if config.name != reference.name:
+        return config.name
+    there, asked = (settings(one) for one in (reference, config))
+    parts = [_told(key, value) for key, value in asked.items() if there[key] != value]
+    name = "-".join([config.name, *parts])
+    if len(name) > LONGEST_NAME or any(not part for part in parts):
+        name = f"{config.name}-{value_digest(asked)[:8]}"
+    return name
+
+
+LONGEST_NAME = 100
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Every key that decides results, dotted, with its value."""
+    found: dict[str, Any] = {}
+    for key in keys():
+        if key.split(".")[0] not in ("name", "tracking", "runtime"):
+            value: Any = config
+            for part in key.split("."):
+                value = getattr(value, part)
+            found[key] = value
+    return found
+
+
+def _told(key: str, value: Any) -> str:
+    """A key and its value as a part of a folder's name; empty if it cannot be one."""
+    if key == "seed":
+        return f"s{value}"
+    leaf = key.rpartition(".")[2]
+    name = leaf if sum(other.rpartition(".")[2] == leaf for other in keys()) == 1 else key
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(one, list) for one in values):
+        return ""
+    return re.sub(r"[^A-Za-z0-9._]", "", "_".join([name, *(f"{one:g}" if isinstance(one, float) else str(one)
+                                                           for one in values)]))  # fmt: skip
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]], argparse.Namespace, list[str]]:
     """Configuration files, overrides, options and mistakes."""
-    options = argparse.Namespace(only="", out="", print_config=False, dry_run=False)
+    options = argparse.Namespace(only="", out="", print_config=False, dry_run=False, replace=False, redo=False)
     paths: list[Path] = []
     overrides: list[tuple[str, str]] = []
     mistakes: list[str] = []
@@ -111,10 +201,10 @@ def _split(arguments: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]],
             continue
         flag, given, value = argument.partition("=")
         name = flag[2:]
-        if flag in ("--print-config", "--dry-run") and not given:
+        if flag in SWITCHES and not given:
             setattr(options, name.replace("-", "_"), True)
             continue
-        if flag in ("--print-config", "--dry-run", "--help"):
+        if flag in SWITCHES:
             mistakes.append(f"command line: {argument}: {flag} takes no value")
             continue
         if flag not in FLAGS and name not in keys():
@@ -156,9 +246,15 @@ def _stages(only: str, mistakes: list[str]) -> tuple[StageName, ...]:
 
 
 def _show_plan(request: Request) -> None:
-    print(f"run folder: {request.out}")
-    for stage, decision in staging.plan(request.config, RunFolder(request.out), request.stages).items():
+    print(printable(f"run folder: {request.out}"))
+    for stage, decision in staging.plan(
+        request.config, RunFolder(request.out), request.stages, redo=request.redo
+    ).items():
         print(f"{stage}: {'would run' if decision.run else 'would be skipped'}, {decision.reason}")
+    if request.config.runtime.device == "cuda":
+        from mole.pipeline.runner import choose_device
+
+        choose_device(request.config)
 
 
 def _execute(request: Request) -> int:
@@ -167,23 +263,48 @@ def _execute(request: Request) -> int:
 
         assist(request.config, request.out, request.stages)
         return 0
-    with locked(request.out / ".lock", "another process is running there"):
-        return _run(request)
+    lock = request.out / ".lock"
+    try:
+        with (
+            handling(on_stop=stop, on_save=lambda: None),  # what is finished is on disk; a training does more
+            locked(lock, "another process is running there", note=_step_of_slurm()),
+        ):
+            return _run(request)
+    except LockedError:
+        if _step_of_slurm() and lock.read_text(errors="replace") == _step_of_slurm():
+            print(f"another task of this SLURM step does the work of {request.out}; nothing is left for this one")
+            return 0
+        raise
+
+
+def _step_of_slurm() -> str:
+    """What the tasks of one `srun` have in common; empty elsewhere."""
+    job, step = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_STEP_ID", "")
+    return f"slurm {job}.{step}" if job and int(os.environ.get("SLURM_NTASKS", "1") or 1) > 1 else ""
 
 
 def _run(request: Request) -> int:
-    plan = staging.plan(request.config, RunFolder(request.out), request.stages)
+    config, folder = request.config, RunFolder(request.out)
+    print(printable(f"run folder: {request.out}"), flush=True)
+    if not request.replace and (clash := _clash(config, folder, request.stages)):  # another job was faster
+        raise ConfigError(clash)
+    plan = staging.plan(config, folder, request.stages, redo=request.redo)
     if any(decision.run for decision in plan.values()):
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on few cores
         from mole.pipeline import run
         from mole.terminal import reporter
 
-        report = run(request.config, request.out, request.stages, reporter(), began=BEGAN)
+        report = run(
+            config, request.out, request.stages, reporter(), began=BEGAN, replace=request.replace, redo=request.redo
+        )
     else:
+        sweep(request.out)
+        for line in staging.mend_records(config, folder):
+            print(printable(line))
         for stage, decision in plan.items():
             print(f"{stage}: done already, {decision.reason}; skipped")
-        report = staging.write_report(request.config, RunFolder(request.out))
-    print(summary(report, request.out))
+        report = staging.write_report(config, folder)
+    print(printable(summary(report, request.out)))
     return 0
 
 
@@ -205,14 +326,15 @@ def summary(report: dict[str, Any], folder: Path) -> str:
     if "sample" in report:
         s = report["sample"]
         text = f"{s['networks']} networks for loss {s['target_loss']:.3f}"
+        if s.get("not_finite"):
+            text += f"; {s['not_finite']} more had NaN or infinite weights"
         rows.append(("samples", text, "samples/, provenance/"))
     if "one_pass" in report:
         rows += _judgement(report)
     if "rank" in report:
         r = report["rank"]
-        text = (
-            f"tau {r['kendall_tau']:.2f}; best first loses {r['top1_regret']:.4f}, at random {r['random_regret']:.4f}"
-        )
+        tau, first, chance = (_number(r[key], ".4f") for key in ("kendall_tau", "top1_regret", "random_regret"))
+        text = f"tau {tau}; best first loses {first}, at random {chance}"
         rows.append(("screening", text, "rank/leaderboard.csv"))
     rows.append(("time", f"{report['seconds']['total']:.0f} s", "report.json, metrics.csv"))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
@@ -225,14 +347,21 @@ def _judgement(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     wins = report["nulls_at_least_as_accurate"]
     steps = one["adam_steps_to_match"]
     matched = f"{steps} Adam steps match it" if steps is not None else "no tried Adam step matches it"
-    ratio, spread = ("unknown" if novelty[k] is None else f"{novelty[k]:.2f}" for k in ("ratio", "dispersion"))
+    ratio, spread = (_number(novelty[key], ".2f") for key in ("ratio", "dispersion"))
     fresh = f"distance ratio {ratio}, dispersion {spread}"
     score = report["score"]
     reached, trained = one[f"{score}_mean"], one[f"trained_{score}_mean"]
-    text = f"test {score} {reached:.4g} (trained networks {trained:.4g}); {matched}"
+    text = f"test {score} {_number(reached, '.4g')} (trained networks {_number(trained, '.4g')}); {matched}"
+    if one["finite_fraction"] < 1:
+        text += f"; {1 - one['finite_fraction']:.0%} are not finite, and left out"
     return [
         ("one pass", text, "figures/optimisers.png"),
-        ("alignment", f"R2 {report['alignment']['r2_mean']:.3f}", "figures/alignment.png"),
+        ("alignment", f"R2 {_number(report['alignment']['r2_mean'], '.3f')}", "figures/alignment.png"),
         ("novelty", fresh, "figures/novelty.png"),
         ("null models", f"as accurate or better: {', '.join(wins) or 'none'}", "report.json"),
     ]
+
+
+def _number(value: float | None, form: str) -> str:
+    """A number in words; of what no finite network is left, it is not known."""
+    return "unknown" if value is None else f"{value:{form}}"

@@ -1,6 +1,6 @@
 """The typed configuration. Imports no torch, so that a mistake is told at once."""
 
-from mole.config.loading import load, to_yaml
+from mole.config.loading import load, shipped, to_yaml
 from mole.config.sections import (
     Config,
     EvaluateConfig,
@@ -32,5 +32,6 @@ __all__ = [
     "VaryConfig",
     "keys",
     "load",
+    "shipped",
     "to_yaml",
 ]

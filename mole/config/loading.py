@@ -13,6 +13,10 @@ from mole.config.mistakes import explain, show
 from mole.config.sections import Config
 from mole.errors import ConfigError
 
+PACKAGE = Path(__file__).resolve().parent.parent
+SHIPPED = (PACKAGE / "configs", PACKAGE.parent / "configs")
+"""Where configurations lie: in an installed package, in a checkout."""
+
 
 def load(paths: Sequence[Path], overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """Layer the files left to right, then the overrides (`("train.steps", "100")`), and validate.
@@ -37,6 +41,17 @@ def load(paths: Sequence[Path], overrides: Sequence[tuple[str, str]] = ()) -> Co
         if not mistakes:
             return config
     raise ConfigError(mistakes)
+
+
+def shipped(path: Path) -> Path:
+    """A configuration file where it is, or the one of that name that comes with the package.
+
+    `configs/tiny.yaml`, `tiny.yaml` and `tiny` are found from any folder.
+    """
+    if path.exists() or path.is_absolute() or path.parent not in (Path(), Path("configs")):
+        return path
+    name = path.name if path.suffix in (".yaml", ".yml") else f"{path.name}.yaml"
+    return next((found for folder in SHIPPED if (found := folder / name).is_file()), path)
 
 
 def to_yaml(config: Config) -> str:

@@ -7,7 +7,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from mole.config import GeneratorConfig, TaskConfig
 from mole.errors import CorruptFileError
-from mole.files import read_json, value_digest
+from mole.files import value_digest
+from mole.reading.text import read_json
 from mole.tasks import Architecture
 
 FORMAT = 6

@@ -4,6 +4,7 @@ Dimensions: N networks, P parameters, K examples, M numbers per example.
 """
 
 import platform
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -38,10 +39,11 @@ from mole.diffusion.request import (
     warn_outside,
 )
 from mole.diffusion.samples import Samples
-from mole.errors import CorruptFileError, MoleError
+from mole.errors import CorruptFileError, GenerationWarning, MoleError
 from mole.files import file_digest, replacing, write_json, write_text
 from mole.representations import WeightSpec, weights_digest
 from mole.representations.handling import Elements
+from mole.revision import revision
 from mole.seeding import derived
 from mole.tasks import Architecture, Task, labelled, load_task
 
@@ -148,6 +150,14 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         data = check_support(self.card, support, n, self.task)
         request = Request(given, wanted, data, architecture, seeds, evaluations, float(guidance))
         drawn, losses = self._draw(request, task, seeds)
+        if odd := (~drawn.flat.isfinite().all(1)).nonzero()[:, 0].tolist():
+            more = ", ..." if len(odd) > 8 else ""
+            warnings.warn(
+                f"{len(odd)} of {n} generated networks have NaN or infinite weights: {', '.join(map(str, odd[:8]))}"
+                f"{more}; leave them out, or train the generator with a lower train.learning_rate",
+                GenerationWarning,
+                stacklevel=2,
+            )
         prompt: dict[str, Any] = {name: value for name, value in asked.items() if value is not None} or dict(wanted)
         if guidance != 1:
             prompt["guidance"] = float(guidance)
@@ -359,10 +369,11 @@ def _noise(seed: int, size: int) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides the bits of a generated network."""
-    packages = ("mole", "torch", "diffusers", "numpy", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+def versions() -> dict[str, Any]:
+    """Versions of what decides the bits of a generated network; of MOLE the commit too, and whether it was clean."""
+    packages = ("torch", "diffusers", "numpy", "safetensors")
+    found = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"mole": revision().as_dict(), **found}
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Generator:

@@ -23,6 +23,7 @@ from mole.diffusion.codec import Codec
 from mole.diffusion.conditions import Conditions
 from mole.diffusion.process import noise_level, noise_schedule
 from mole.files import value_digest
+from mole.representations import WeightSpec
 from mole.representations.handling import Augmentation, Canonical, Elements
 from mole.seeding import stream
 from mole.tasks import Task, labelled
@@ -81,6 +82,10 @@ class PairSource(Protocol):
 
     def chunks(self, layout: int) -> Iterable[Tensor]:
         """Weights of a layout in parts (n, P), for their scale."""
+        ...
+
+    def spec(self, layout: int) -> WeightSpec | None:
+        """What the weights of a layout mean, as their source says; None where they come from the task itself."""
         ...
 
     def best(self) -> Tensor:
@@ -172,6 +177,9 @@ class ZooPairs:
                   for name in _metrics(config.conditions) if name == zoo.metric or name in zoo.columns}  # fmt: skip
         self.ranges = {name: (float(found.min()), float(found.max())) for name, found in values.items()}
 
+    def spec(self, layout: int) -> WeightSpec | None:
+        return self.parts[layout].zoo.spec
+
     def chunks(self, layout: int) -> Iterable[Tensor]:
         part = self.parts[layout]
         low, runs = 0, torch.repeat_interleave(part.counts)
@@ -224,6 +232,9 @@ class StreamPairs:
     def ranges(self) -> dict[str, tuple[float, float]]:
         found = self.reservoir.flow.ranges
         return {name: found[name] for name in _metrics(self.names) if name in found}
+
+    def spec(self, layout: int) -> WeightSpec | None:
+        return None
 
     def chunks(self, layout: int) -> Iterable[Tensor]:
         return [run.weights for run in self.reservoir.runs]

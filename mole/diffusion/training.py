@@ -10,6 +10,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
@@ -21,13 +23,16 @@ from mole.diffusion.generator import Generator
 from mole.diffusion.models import make_denoiser
 from mole.diffusion.module import DenoiserTraining
 from mole.diffusion.pairs import PairBatches, PairSource
+from mole.diffusion.state_file import StateFile
 from mole.diffusion.watch import Data, Kept, Log, Watch, resumable
 from mole.errors import MoleError
 from mole.reporting import Advance
-from mole.representations import EntryScale
+from mole.representations import EntryScale, WeightSpec, differences
 from mole.representations.handling import Canonical
 from mole.representations.structure import word
 from mole.seeding import Seeded
+from mole.tasks import Architecture
+from mole.tasks.networks import KINDS
 
 
 def train_generator(
@@ -57,11 +62,13 @@ def train_generator(
         on_resume: told the step that training continues from, 0 for a new one.
 
     Raises:
-        MoleError: the loss became NaN or infinite.
+        MoleError: the networks are not the task's, the generator could not be loaded again, or the loss became NaN or
+            infinite.
     """
     resumed = resumable(state, identity)
     on_resume(resumed.step)
     source = data.source(resumed.source)
+    check_trainable(source)
     codec = make_codec(config, source, resumed.codec).to(device)
     codecs = [codec.of(task.spec) for task in source.tasks]
     with Seeded(config.seed):
@@ -79,6 +86,12 @@ def train_generator(
             examples=numbers, zoo=source.digest, train_steps=config.train.steps, seed=config.seed,
         )  # fmt: skip
 
+    if "loss" not in source.ranges:
+        raise MoleError(
+            f"the zoo has no column loss (its metrics: {', '.join(source.ranges) or 'none'}), which generators are "
+            "conditioned on; harvest or import with the metric loss"
+        )
+    card()  # what is wrong with it is said now, and not after the training
     if config.runtime.compile:
         for block in module.denoiser.blocks:
             block.compile()
@@ -90,7 +103,8 @@ def train_generator(
     try:
         resume = str(state) if resumed.step else None
         loader = DataLoader(batches, batch_size=None)
-        _trainer(config, device, watch, layouts=len(codecs)).fit(module, loader, ckpt_path=resume, weights_only=True)
+        trainer = _trainer(config, device, watch, state.parent, layouts=len(codecs))
+        trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
     except torch.OutOfMemoryError as error:
         raise MoleError(
             f"train.batch_size {config.train.batch_size} does not fit into the memory of {device} "
@@ -101,7 +115,37 @@ def train_generator(
     denoiser = module.averaged().to(device).eval()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # left to the interpreter's exit, its threads abort now and then
+    if not all(bool(tensor.isfinite().all()) for tensor in denoiser.state_dict().values()):
+        raise MoleError(
+            "training diverged: the generator has NaN or infinite weights; lower train.learning_rate "
+            f"(now {config.train.learning_rate:g})"
+        )
     return Generator(denoiser, codec, card(), device, source.tasks[0]), watch.seconds, resumed.seconds
+
+
+def check_trainable(source: PairSource) -> None:
+    """Refuse networks that a generator could not be loaded for again, before it is trained.
+
+    Raises:
+        MoleError: naming what does not fit.
+    """
+    for layout, task in enumerate(source.tasks):
+        architecture = task.architecture
+        if type(architecture) is not Architecture:
+            raise MoleError(
+                f"{task.config.name}: its networks are {type(architecture).__name__}, which a generator's card cannot "
+                f"name; legal is an Architecture, of kind {', '.join(KINDS)}"
+            )
+        if difference := differences(WeightSpec.of(architecture.build(seed=0)), task.spec):
+            raise MoleError(f"{task.config.name}: its networks are not what their architecture builds ({difference})")
+        first = next(iter(source.chunks(layout)), None)
+        zoo_spec = source.spec(layout)
+        difference = differences(task.spec, zoo_spec) if zoo_spec is not None else None
+        if difference or (first is not None and first.shape[1] != task.spec.size):
+            raise MoleError(
+                f"the zoo's networks are not those of task {task.config.name} ({difference or 'another size'}); choose "
+                "the task and the width that the zoo was made with"
+            )
 
 
 def _fits(module: DenoiserTraining, source: PairSource, config: Config, device: torch.device) -> str:
@@ -160,8 +204,12 @@ def fit_scales(source: PairSource, config: GeneratorConfig) -> dict[str, float]:
             for name, parts in found.items()}  # fmt: skip
 
 
-def _trainer(config: Config, device: torch.device, watch: L.Callback, layouts: int) -> L.Trainer:
-    """Lightning without its own files, bars and summaries: `watch` does what is wanted of them."""
+def _trainer(config: Config, device: torch.device, watch: L.Callback, folder: Path, layouts: int) -> L.Trainer:
+    """Lightning without its own files, bars and summaries: `watch` does what is wanted of them.
+
+    Whatever the environment says of SLURM or others, `torchrun` alone decides whether there are several processes, and
+    nothing but the training state in `folder` is read or written.
+    """
     world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if config.train.batch_size % world:
         raise MoleError(f"train.batch_size {config.train.batch_size} does not divide among {world} processes")
@@ -174,6 +222,8 @@ def _trainer(config: Config, device: torch.device, watch: L.Callback, layouts: i
         use_distributed_sampler=False,
         precision="bf16-mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32-true",
         callbacks=[watch],
+        plugins=[TorchElasticEnvironment() if world > 1 else LightningEnvironment(), StateFile()],
+        default_root_dir=folder / ".lightning",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,18 @@ from mole.diffusion.module import DenoiserTraining
 from mole.diffusion.pairs import PairSource
 from mole.diffusion.request import Request
 from mole.diffusion.speed import operations, peak
-from mole.errors import MoleError
-from mole.files import remove, replacing
+from mole.diffusion.state_file import read_state
+from mole.errors import CorruptFileError, MoleError
+from mole.files import remove
 from mole.reporting import Advance
 from mole.seeding import stream
+from mole.signals import handling, stop
 from mole.tasks import Task, labelled
 
 logger = logging.getLogger("mole")
+
+AGREE_EVERY = 10
+"""Steps between two questions whether a signal has reached another process."""
 
 Log = Callable[[int, Mapping[str, float]], None]
 """(step, metrics): told every `train.log_every` steps and at every validation."""
@@ -69,12 +75,13 @@ def resumable(state: Path, identity: str) -> Resumed:
     """What a training state of this identity says; any other state is removed."""
     if state.exists():
         try:
-            found = torch.load(state, map_location="cpu", weights_only=True)
-            if found["identity"] == identity:
+            found = read_state(state)
+        except CorruptFileError as error:
+            logger.warning("%s; training from the beginning", error)
+        else:
+            if found.get("identity") == identity:
                 step, seconds = int(found["global_step"]), float(found["seconds"])
                 return Resumed(step, seconds, dict(found["codec"]), dict(found["source"]))
-        except Exception:  # truncated, foreign or hostile: whatever is wrong, it is not ours
-            logger.warning("%s: not a training state; training from the beginning", state)
         remove(state)
     return Resumed()
 
@@ -97,6 +104,8 @@ class Watch(L.Callback):
         self.started, self.started_step = time.monotonic(), 0
         self.operations = 0
         self.waited, self.ready = 0.0, 0.0
+        self.told_to_save = self.told_to_stop = False
+        self.signals = ExitStack()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         state = self.state
@@ -113,8 +122,36 @@ class Watch(L.Callback):
         return self.state.seconds_before + time.monotonic() - self.started
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.signals.enter_context(handling(self._tell_to_stop, self._tell_to_save))  # after Lightning's own
         self.started, self.started_step = time.monotonic(), trainer.global_step
         self.waited, self.ready = 0.0, 0.0
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.signals.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.signals.close()
+
+    def _tell_to_stop(self) -> None:
+        self.told_to_stop = True
+
+    def _tell_to_save(self) -> None:
+        self.told_to_save = True
+
+    def _obey(self, trainer: L.Trainer, step: int) -> None:
+        """Save, and stop, where a signal asked for it; several processes agree about that every few steps."""
+        to_stop, to_save = self.told_to_stop, self.told_to_save
+        if trainer.world_size > 1:
+            if step % AGREE_EVERY:
+                return
+            to_stop, to_save = (
+                trainer.strategy.reduce_boolean_decision(told, all=False) for told in (to_stop, to_save)
+            )
+        if to_stop or to_save:
+            self._save(trainer)
+            self.told_to_save = False
+        if to_stop:
+            stop()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -141,14 +178,12 @@ class Watch(L.Callback):
                 self._validate(step, denoiser)
         if step % train.checkpoint_every == 0 and step < train.steps:
             self._save(trainer)
+        if step < train.steps:
+            self._obey(trainer, step)
         self.ready = time.monotonic()
 
     def _save(self, trainer: L.Trainer) -> None:
-        if trainer.is_global_zero:
-            with replacing(self.state.path) as temporary:
-                trainer.save_checkpoint(temporary)
-        else:  # which only takes part in what processes do together
-            trainer.save_checkpoint(self.state.path)
+        trainer.save_checkpoint(self.state.path)  # every process takes part, the first one writes: `StateFile`
 
     def _log_training(self, step: int, outputs: Any, trainer: L.Trainer) -> None:
         values = {name: float(outputs[name]) for name in ("loss", "weight_error", "divergence", "loss_gap")}

@@ -15,13 +15,15 @@ def alignment(prompted: Tensor, achieved: Tensor, start: Tensor) -> dict[str, fl
 
     Args:
         prompted: (S, Q), losses asked for; several different ones per start.
-        achieved: (S, Q), losses reached.
+        achieved: (S, Q), losses reached; a start with one that is not finite is left out.
         start: (S,), losses of the start networks, measured as `achieved` is.
 
     Returns:
         `r2_mean` (1 is perfect), `spearman`, `slope` of the least-squares line (1 is perfect), and
-        `noop_r2`, the R2 of returning the start for every prompt.
+        `noop_r2`, the R2 of returning the start for every prompt; NaN where no start is left.
     """
+    sound = achieved.isfinite().all(1) & start.isfinite()
+    prompted, achieved, start = prompted[sound], achieved[sound], start[sound]
     centred = prompted - prompted.mean(1, keepdim=True)
     slope = (centred * (achieved - achieved.mean(1, keepdim=True))).sum(1) / centred.square().sum(1)
     ranks = [_spearman(p, a) for p, a in zip(prompted, achieved, strict=True)]
@@ -29,7 +31,7 @@ def alignment(prompted: Tensor, achieved: Tensor, start: Tensor) -> dict[str, fl
         "prompts": prompted.shape[1],
         "starts": prompted.shape[0],
         "r2_mean": float(r2(prompted, achieved).mean()),
-        "spearman": sum(ranks) / len(ranks),
+        "spearman": sum(ranks) / len(ranks) if ranks else float("nan"),
         "slope": float(slope.mean()),
         "noop_r2": float(r2(prompted, start[:, None].expand_as(prompted)).mean()),
     }

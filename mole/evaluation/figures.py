@@ -42,18 +42,30 @@ def draw_figures(folder: Path, report: dict[str, Any]) -> list[Path]:
 
 def _alignment(axes: Axes, report: dict[str, Any]) -> None:
     curve, scores = report["figures"]["alignment"], report["alignment"]
-    prompted, mean = np.array(curve["prompted"]), np.array(curve["achieved_mean"])
-    std = np.array(curve["achieved_std"])
+    prompted, mean = np.array(curve["prompted"]), np.array(curve["achieved_mean"], dtype=float)
+    std = np.array(curve["achieved_std"], dtype=float)
     axes.axvspan(*curve["zoo_range"], facecolor="0.92", edgecolor="0.6", linewidth=0.8, label="losses in the zoo")
     low, high = prompted.min(), prompted.max()
     axes.plot([low, high], [low, high], "--", color="0.4", label="identity")
-    axes.axhline(curve["noop"], color=COLOURS["start"], linestyle=":", label=f"start (R² {scores['noop_r2']:.2f})")
-    axes.plot(prompted, mean, "o-", color=COLOURS["generated"], label=f"one pass (R² {scores['r2_mean']:.3f})")
+    axes.axhline(
+        curve["noop"] if curve["noop"] is not None else np.nan,
+        color=COLOURS["start"],
+        linestyle=":",
+        label=f"start (R² {_number(scores['noop_r2'], '.2f')})",
+    )
+    axes.plot(
+        prompted, mean, "o-", color=COLOURS["generated"], label=f"one pass (R² {_number(scores['r2_mean'], '.3f')})"
+    )
     axes.fill_between(prompted, mean - std, mean + std, color=COLOURS["generated"], alpha=0.2, linewidth=0)
     axes.set(xlabel="prompted loss, prompt images (nats)", ylabel="achieved loss, test images (nats)")
     axes.set_title(f"Prompt alignment: {scores['starts']} held-out starts, mean ± standard deviation", fontsize=10)
     axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes.legend(frameon=False)
+
+
+def _number(value: float | None, form: str) -> str:
+    """A number in words; of what no sound network is left, it is not known."""
+    return "unknown" if value is None else f"{value:{form}}"
 
 
 def _optimisers(axes: Axes, report: dict[str, Any]) -> None:
@@ -63,8 +75,12 @@ def _optimisers(axes: Axes, report: dict[str, Any]) -> None:
         label = f"{OPTIMISERS[name]}, learning rate {curve['learning_rate']:g}"
         axes.plot(curve["steps"], np.array(curve["score"], dtype=float), color=COLOURS[name], label=label)
     mean, trained = one_pass[f"{score}_mean"], one_pass[f"trained_{score}_mean"]
-    axes.axhline(mean, color=COLOURS["generated"], label=f"one pass, {mean:.4g}")
-    axes.axhline(trained, color=COLOURS["training"], linestyle=":", label=f"training networks, {trained:.4g}")
+    for value, whose, what, line in (
+        (mean, "generated", "one pass", "-"),
+        (trained, "training", "training networks", ":"),
+    ):
+        height = np.nan if value is None else value
+        axes.axhline(height, color=COLOURS[whose], linestyle=line, label=f"{what}, {_number(value, '.4g')}")
     axes.set(xlabel="optimiser steps from the same starts", ylabel=f"mean test {score}")
     axes.set_title(f"One pass against optimisers: {one_pass['starts']} held-out starts", fontsize=10)
     axes.legend(frameon=False, loc="lower right")
@@ -72,10 +88,9 @@ def _optimisers(axes: Axes, report: dict[str, Any]) -> None:
 
 def _novelty(axes: Axes, report: dict[str, Any]) -> None:
     for name, points in report["figures"]["novelty"].items():
-        axes.scatter(
-            points["distance"], points["score"], s=14, alpha=0.7, color=COLOURS[name],
-            marker=MARKERS.get(name, "o"), label=LABELS[name],
-        )  # fmt: skip
+        distance, score = (np.array(points[key], dtype=float) for key in ("distance", "score"))
+        marker = MARKERS.get(name, "o")
+        axes.scatter(distance, score, s=14, alpha=0.7, color=COLOURS[name], marker=marker, label=LABELS[name])
     axes.set(xlabel="distance to the nearest training network, modulo permutation", ylabel=f"test {report['score']}")
     axes.set_title(f"{report['score'].capitalize()} against novelty", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="best")

@@ -4,7 +4,7 @@ Dimensions: S starts, Q prompts, M training runs, P parameters.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -16,22 +16,22 @@ from mole.checkpoints import Zoo
 from mole.config import EvaluateConfig
 from mole.evaluation.alignment import alignment, prompts
 from mole.evaluation.novelty import PermutationDistance, dispersion, max_wrong_iou, ratio
-from mole.evaluation.nulls import null_models
-from mole.evaluation.optimisers import best_curve, steps_to_match
+from mole.evaluation.nulls import NULLS, null_models
+from mole.evaluation.optimisers import OptimiserCurve, OptimizerName, best_of, curve_of, steps_to_match
+from mole.evaluation.parts import Parts, without_nan
+from mole.evaluation.sound import deviation, is_finite, mean, measure_sound
 from mole.evaluation.transfer import (
+    INITIALISATIONS,
     Draw,
     conditional_dispersion,
-    fine_tuning,
     recursive_passes,
-    unseen_architectures,
-    unseen_initialisations,
+    unseen_architecture,
+    unseen_initialisation,
 )
-from mole.tasks import Architecture, Classification, Task, labelled
+from mole.tasks import Architecture, Classification, Metrics, SplitName, Task, labelled
 
-Tick = Callable[[], None]
-"""Called after each part; there are `PARTS` of them."""
-
-PARTS = 7
+EVALUATIONS = (1, 2, 4, 8, 16)
+"""Calls of the generator per network that are compared."""
 REFERENCES = 64
 """Training networks whose leave-one-out distances stand for all."""
 MOST = 2**14
@@ -94,18 +94,43 @@ class Exhibits:
         """One pass from the starts: weights (S, P), evaluations per network."""
         return self.draw(self.starts, self.wanted(self.starts), seeds=self.seeds)
 
+    def measure(self, flat: Tensor, split: SplitName) -> Metrics:
+        """Metrics of one network per start (S, P), or of any number where there are no sub-tasks; NaN where a network
+        is not sound."""
+        return measure_sound(self.task, flat, split, self.seeds)
+
     def scores(self, flat: Tensor) -> Tensor:
-        """Test scores (S,) of one network per start (S, P), or of any number where there are no sub-tasks."""
-        return self.task.measure(flat, "test", self.seeds)[self.task.score]
+        """Test scores (S,) of such networks."""
+        return self.measure(flat, "test")[self.task.score]
 
     def mean_score(self, flat: Tensor) -> float:
-        return float(self.scores(flat).mean())
+        return mean(self.scores(flat))
 
     @cached_property
     def trained_score(self) -> float:
         """Of training runs at their end, each on its own sub-task if there are such."""
         which = self.training.last
-        return float(self.task.measure(self.final, "test", self._seeds(self.training, which))[self.task.score].mean())
+        return mean(measure_sound(self.task, self.final, "test", self._seeds(self.training, which))[self.task.score])
+
+    @cached_property
+    def sound(self) -> Tensor:
+        """The generated networks without those that have NaN or infinite weights, (at most S, P)."""
+        return self.generated[0][is_finite(self.generated[0])]
+
+    @cached_property
+    def chosen(self) -> Tensor:
+        """Which of the final networks stand for all where leaving one out is asked for."""
+        count = len(self.final[:MOST])
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[:REFERENCES]
+
+    @cached_property
+    def nulls(self) -> dict[str, Tensor]:
+        """As many networks of each null model as there are starts."""
+        near = self.distance.nearest(self.sound, self.final[:MOST])
+        return null_models(
+            self.distance, self.starts, self.final[:MOST], self.retrieved, noise_distance=mean(near), seed=self.seed,
+            groups=self.nearest(16) if self.seeds is not None else None,
+        )  # fmt: skip
 
     @cached_property
     def retrieved(self) -> Tensor:
@@ -131,93 +156,117 @@ def examples(task: Task, seeds: Sequence[int], count: int, seed: int) -> tuple[T
     return labelled(task).support(seeds, count, torch.Generator().manual_seed(seed))
 
 
-def judge(exhibits: Exhibits, tick: Tick) -> dict[str, Any]:
+def count_parts(config: EvaluateConfig, *, subtasks: bool) -> int:
+    """How many parts an evaluation has, at most."""
+    rates = len(config.adam_learning_rates) + len(config.sgd_learning_rates)
+    count = 1 + len(EVALUATIONS) + 1 + rates + 3 + len(NULLS) + 3 * len(_fine_tuning_rates(config))
+    if config.unseen:
+        count += len(config.widths) + (0 if subtasks else len(INITIALISATIONS))
+    return count + (config.repeats > 1 and not subtasks)
+
+
+def judge(exhibits: Exhibits, parts: Parts) -> dict[str, Any]:
     """Everything that the evaluation adds to the report, the data of the figures included."""
+    one_pass, curves = _one_pass(exhibits, parts)
+    alignment_part = parts.get("alignment", lambda: _alignment(exhibits))
+    novelty = parts.get("novelty", lambda: _novelty(exhibits))
+    score = f"{exhibits.task.score}_mean"
+    nulls, points = dict[str, Any](), dict[str, Any](novelty["points"])
+    for name in NULLS:
+        null = parts.get(f"null-{name}", lambda name=name: _null(exhibits, exhibits.nulls[name]))
+        nulls[name], points[name] = null["figures"], null["points"]
+    winners = [name for name, null in nulls.items() if _at_least(null[score], one_pass[score])]
+    return without_nan(
+        {
+            "score": exhibits.task.score,
+            "one_pass": one_pass,
+            "alignment": alignment_part["figures"],
+            "nulls": nulls,
+            "nulls_at_least_as_accurate": winners,
+            "novelty": novelty["figures"],
+            "as_trained": parts.get("as_trained", lambda: _as_trained(exhibits)),
+            "figures": {"alignment": alignment_part["curve"], "optimisers": curves, "novelty": points},
+            **_transfer(exhibits, nulls, parts),
+        }
+    )
+
+
+def _at_least(one: float | None, other: float | None) -> bool:
+    """Whether a score is as good as another one; a score that is unknown is worse than any."""
+    return one is not None and (other is None or one >= other)
+
+
+def _one_pass(exhibits: Exhibits, parts: Parts) -> tuple[dict[str, Any], Any]:
+    starts, config, seeds, name = exhibits.starts, exhibits.config, exhibits.seeds, exhibits.task.score
+    report = parts.get("one_pass", lambda: _first_pass(exhibits))
+    report[f"{name}_mean_by_evaluations"] = {
+        str(count): parts.get(f"evaluations-{count}", lambda count=count: exhibits.mean_score(
+            exhibits.draw(starts, exhibits.wanted(starts), evaluations=count, seeds=seeds)[0]))
+        for count in EVALUATIONS
+    }  # fmt: skip
+    report[f"{name}_mean_by_passes"] = parts.get("passes", lambda: recursive_passes(
+        exhibits.mean_score, exhibits.draw, starts, exhibits.best, seeds, config.passes))  # fmt: skip
+    curves = []
+    tried: dict[OptimizerName, list[float]] = {"adam": config.adam_learning_rates, "sgd": config.sgd_learning_rates}
+    for optimizer, rates in tried.items():
+        steps, part = config.optimizer_steps, f"optimiser-{optimizer}"
+        curve = _best_curve(exhibits.task, parts, part, starts, seeds, optimizer, rates, steps)
+        report[f"{optimizer}_steps_to_match"] = steps_to_match(curve, report[f"{name}_mean"])
+        report[f"{optimizer}_learning_rate"] = curve.learning_rate
+        curves.append(asdict(curve))
+    return {**report, "optimizer_steps_tried": config.optimizer_steps}, curves
+
+
+def _best_curve(
+    task: Task,
+    parts: Parts,
+    part: str,
+    starts: Tensor,
+    seeds: Sequence[int] | None,
+    optimizer: OptimizerName,
+    rates: Sequence[float],
+    steps: int,
+) -> OptimiserCurve:
+    """Training from starts (N, P), at the learning rate that is best on prompt images; each rate is a part."""
+    curves = [
+        parts.get(f"{part}-{rate:g}", lambda rate=rate: asdict(curve_of(task, starts, optimizer, rate, steps, seeds)))
+        for rate in rates
+    ]
+    return best_of([OptimiserCurve(**curve) for curve in curves])
+
+
+def _first_pass(exhibits: Exhibits) -> dict[str, Any]:
+    """What one evaluation gives from starts that the generator has not seen."""
+    starts, heldout, training, name = exhibits.starts, exhibits.heldout, exhibits.training, exhibits.task.score
     began = time.perf_counter()
     generated, evaluations = exhibits.generated
     seconds = (time.perf_counter() - began) / len(generated)
-    one_pass, optimiser_curves = _one_pass(exhibits, tick)
-    one_pass |= {"network_evaluations": evaluations, "seconds_per_network": seconds}
-    obedience, curve = _alignment(exhibits)
-    tick()
-    models = _null_models(exhibits)
-    novelty, nulls, points = _novelty(exhibits, models, tick)
-    mean = f"{exhibits.task.score}_mean"
-    winners = [name for name, null in nulls.items() if null[mean] >= one_pass[mean]]
-    result = {
-        "score": exhibits.task.score,
-        "one_pass": one_pass,
-        "alignment": obedience,
-        "nulls": nulls,
-        "nulls_at_least_as_accurate": winners,
-        "novelty": novelty,
-        "as_trained": _as_trained(exhibits),
-        "figures": {"alignment": curve, "optimisers": optimiser_curves, "novelty": points},
-        **_transfer(exhibits, nulls, models),
-    }
-    tick()
-    return _finite(result)
-
-
-def _one_pass(exhibits: Exhibits, tick: Tick) -> tuple[dict[str, Any], Any]:
-    task, starts, config, seeds = exhibits.task, exhibits.starts, exhibits.config, exhibits.seeds
-    generated, _ = exhibits.generated
-    found = task.measure(generated, "test", seeds)
-    name, scores = task.score, found[task.score]
-    score = float(scores.mean())
-    more = {
-        str(k): exhibits.mean_score(exhibits.draw(starts, exhibits.wanted(starts), evaluations=k, seeds=seeds)[0])
-        for k in (1, 2, 4, 8, 16)
-    }
-    again = recursive_passes(exhibits.mean_score, exhibits.draw, starts, exhibits.best, seeds, config.passes)
-    tick()
-    adam = best_curve(task, starts, "adam", config.adam_learning_rates, config.optimizer_steps, seeds)
-    tick()
-    sgd = best_curve(task, starts, "sgd", config.sgd_learning_rates, config.optimizer_steps, seeds)
-    tick()
+    metrics = exhibits.measure(generated, "test")
+    scores = metrics[name]
+    best = scores[scores.isfinite()]
     report = {
         "starts": len(starts),
         "target_loss": exhibits.best,
-        f"{name}_mean": score,
-        f"{name}_std": _deviation(scores),
-        f"{name}_best": float(scores.max()),
-        "loss_mean": float(found["loss"].mean()),
-        "finite_fraction": float(generated.isfinite().all(1).float().mean()),
-        "prompt_split_loss_mean": float(task.measure(generated, "prompt", seeds)["loss"].mean()),
+        f"{name}_mean": mean(scores),
+        f"{name}_std": deviation(scores),
+        f"{name}_best": float(best.max()) if len(best) else float("nan"),
+        "loss_mean": mean(metrics["loss"]),
+        "finite_fraction": float(metrics["loss"].isfinite().float().mean()),
+        "prompt_split_loss_mean": mean(exhibits.measure(generated, "prompt")["loss"]),
         f"trained_{name}_mean": exhibits.trained_score,
-        f"heldout_trained_{name}_mean": exhibits.mean_score(
-            exhibits.heldout.read(exhibits.heldout.last[: len(starts)])
-        ),
+        f"heldout_trained_{name}_mean": exhibits.mean_score(heldout.read(heldout.last[: len(starts)])),
         f"start_{name}_mean": exhibits.mean_score(starts),
-        f"{name}_mean_by_evaluations": more,
-        f"{name}_mean_by_passes": again,
-        "adam_steps_to_match": steps_to_match(adam, score),
-        "adam_learning_rate": adam.learning_rate,
-        "sgd_steps_to_match": steps_to_match(sgd, score),
-        "sgd_learning_rate": sgd.learning_rate,
-        "optimizer_steps_tried": config.optimizer_steps,
+        "network_evaluations": evaluations,
+        "seconds_per_network": seconds,
     }
-    if seeds is None:
-        training_starts = exhibits.training.read(exhibits.training.first[: 4 * len(starts)])
+    if exhibits.seeds is None:
+        training_starts = training.read(training.first[: 4 * len(starts)])
         drawn, _ = exhibits.draw(training_starts, exhibits.wanted(training_starts))
         report[f"training_starts_{name}_mean"] = exhibits.mean_score(drawn)
-    return report, [asdict(curve) for curve in (adam, sgd)]
+    return report
 
 
-def _deviation(scores: Tensor) -> float:
-    return float(scores.std()) if len(scores) > 1 else 0.0
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: what a diverged network or optimiser reached becomes null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
-
-
-def _alignment(exhibits: Exhibits) -> tuple[dict[str, Any], dict[str, Any]]:
+def _alignment(exhibits: Exhibits) -> dict[str, Any]:
     """Prompts are losses on prompt images; what was achieved is measured on test images."""
     task, starts, seeds = exhibits.task, exhibits.starts, exhibits.seeds
     count = exhibits.config.prompts
@@ -225,64 +274,57 @@ def _alignment(exhibits: Exhibits) -> tuple[dict[str, Any], dict[str, Any]]:
     prompted = prompts(exhibits.best, start_loss, count)  # (S, Q)
     many = None if seeds is None else [seed for seed in seeds for _ in range(count)]
     drawn, _ = exhibits.draw(starts.repeat_interleave(count, 0), prompted.flatten(), seeds=many)
-    achieved = task.measure(drawn, "test", many)["loss"].reshape(prompted.shape)
-    achieved_prompt_split = task.measure(drawn, "prompt", many)["loss"].reshape(prompted.shape)
-    standing = task.measure(starts, "test", seeds)["loss"]
+    achieved = measure_sound(task, drawn, "test", many)["loss"].reshape(prompted.shape)
+    achieved_prompt_split = measure_sound(task, drawn, "prompt", many)["loss"].reshape(prompted.shape)
+    standing = exhibits.measure(starts, "test")["loss"]
     report = alignment(prompted, achieved, standing)
-    same = alignment(prompted, achieved_prompt_split, task.measure(starts, "prompt", seeds)["loss"])
+    same = alignment(prompted, achieved_prompt_split, exhibits.measure(starts, "prompt")["loss"])
     report["r2_mean_prompt_split"] = same["r2_mean"]
+    sound = achieved[achieved.isfinite().all(1)]
     curve = {
         "prompted": prompted.mean(0).tolist(),
-        "achieved_mean": achieved.mean(0).tolist(),
-        "achieved_std": achieved.std(0, correction=0).tolist(),
+        "achieved_mean": sound.mean(0).tolist(),
+        "achieved_std": sound.std(0, correction=0).tolist(),
         "zoo_range": [exhibits.best, float(exhibits.training.loss.max())],
-        "noop": float(standing.mean()),
+        "noop": mean(standing),
     }
-    return report, curve
+    return {"figures": report, "curve": curve}
 
 
-def _null_models(exhibits: Exhibits) -> dict[str, Tensor]:
-    """As many networks of each as there are starts."""
-    final, (generated, _) = exhibits.final[:MOST], exhibits.generated
-    near = exhibits.distance.nearest(generated, final)
-    return null_models(
-        exhibits.distance, exhibits.starts, final, exhibits.retrieved, noise_distance=float(near.mean()),
-        seed=exhibits.seed, groups=exhibits.nearest(16) if exhibits.seeds is not None else None,
-    )  # fmt: skip
-
-
-def _novelty(exhibits: Exhibits, models: dict[str, Tensor], tick: Tick) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    final, distance, (generated, _) = exhibits.final[:MOST], exhibits.distance, exhibits.generated
-    near = distance.nearest(generated, final)
-    chosen = torch.randperm(len(final), generator=torch.Generator().manual_seed(exhibits.seed))[:REFERENCES]
+def _novelty(exhibits: Exhibits) -> dict[str, Any]:
+    final, distance, sound, chosen = exhibits.final[:MOST], exhibits.distance, exhibits.sound, exhibits.chosen
+    near = distance.nearest(sound, final)
     leave_one_out = distance.nearest(final[chosen], final, exclude=chosen)
-    tick()
-    novelty = {
-        "nearest_training_distance": float(near.mean()),
-        "training_leave_one_out_distance": float(leave_one_out.mean()),
-        "ratio": ratio(float(near.mean()), float(leave_one_out.mean())),
-        "dispersion": dispersion(generated, final),
-        "diversity": ratio(distance.spread(generated), distance.spread(final[chosen])),
+    figures = {
+        "nearest_training_distance": mean(near),
+        "training_leave_one_out_distance": mean(leave_one_out),
+        "ratio": ratio(mean(near), mean(leave_one_out)),
+        "dispersion": dispersion(sound, final),
+        "diversity": ratio(distance.spread(sound), distance.spread(final[chosen])),
     }
     if isinstance(exhibits.task, Classification) and exhibits.seeds is None:
-        wrong, others = _wrong(exhibits.task, generated), _wrong(exhibits.task, final)
-        novelty["max_wrong_iou_mean"] = float(max_wrong_iou(wrong, others).mean())
-        novelty["training_max_wrong_iou_mean"] = float(max_wrong_iou(others[chosen], others, exclude=chosen).mean())
-    points = {"generated": _points(exhibits.scores(generated), near)}
+        wrong, others = _wrong(exhibits.task, sound), _wrong(exhibits.task, final)
+        figures["max_wrong_iou_mean"] = mean(max_wrong_iou(wrong, others))
+        figures["training_max_wrong_iou_mean"] = mean(max_wrong_iou(others[chosen], others, exclude=chosen))
+    generated = exhibits.generated[0]
+    points = {"generated": _points(exhibits.scores(generated)[is_finite(generated)], near)}
     if exhibits.seeds is None:
         points["training"] = _points(exhibits.scores(final[chosen]), leave_one_out)
-    nulls, score = {}, exhibits.task.score
-    for name, flat in models.items():
-        found, far = exhibits.task.measure(flat, "test", exhibits.seeds), distance.nearest(flat, final)
-        nulls[name] = {
-            f"{score}_mean": float(found[score].mean()), "loss_mean": float(found["loss"].mean()),
-            "prompt_split_loss_mean": float(exhibits.task.measure(flat, "prompt", exhibits.seeds)["loss"].mean()),
-            "nearest_training_distance": float(far.mean()),
-            "diversity": ratio(distance.spread(flat), distance.spread(final[chosen])),
-        }  # fmt: skip
-        points[name] = _points(found[score], far)
-    tick()
-    return novelty, nulls, points
+    return {"figures": figures, "points": points}
+
+
+def _null(exhibits: Exhibits, flat: Tensor) -> dict[str, Any]:
+    """The figures of one null model's networks (S, P)."""
+    distance, final, sound = exhibits.distance, exhibits.final[:MOST], flat[is_finite(flat)]
+    metrics, far = exhibits.measure(flat, "test"), distance.nearest(sound, final)
+    figures = {
+        f"{exhibits.task.score}_mean": mean(metrics[exhibits.task.score]),
+        "loss_mean": mean(metrics["loss"]),
+        "prompt_split_loss_mean": mean(exhibits.measure(flat, "prompt")["loss"]),
+        "nearest_training_distance": mean(far),
+        "diversity": ratio(distance.spread(sound), distance.spread(final[exhibits.chosen])),
+    }
+    return {"figures": figures, "points": _points(metrics[exhibits.task.score][is_finite(flat)], far)}
 
 
 def _as_trained(exhibits: Exhibits) -> dict[str, float]:
@@ -291,34 +333,58 @@ def _as_trained(exhibits: Exhibits) -> dict[str, float]:
     ends = exhibits.heldout.last[: len(exhibits.starts)]
     true = exhibits.heldout.read(ends)
     drawn, _ = exhibits.draw(exhibits.starts, exhibits.heldout.loss[ends], seeds=seeds)
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for whose, flat in (("", drawn), ("trained_", true)):
         scores = exhibits.scores(flat)
-        found |= {f"{whose}{task.score}_mean": float(scores.mean()),
-                  f"{whose}{task.score}_std": _deviation(scores)}  # fmt: skip
+        figures |= {f"{whose}{task.score}_mean": mean(scores), f"{whose}{task.score}_std": deviation(scores)}
+    drawn = drawn[is_finite(drawn)]
     spread = ratio(exhibits.distance.spread(drawn), exhibits.distance.spread(true))
-    return {**found, "dispersion": dispersion(drawn, true), "diversity": spread}
+    return {**figures, "dispersion": dispersion(drawn, true), "diversity": spread}
 
 
-def _transfer(exhibits: Exhibits, nulls: dict[str, Any], models: dict[str, Tensor]) -> dict[str, Any]:
+def _fine_tuning_rates(config: EvaluateConfig) -> list[float]:
+    return sorted({rate / 10 for rate in config.adam_learning_rates} | set(config.adam_learning_rates))
+
+
+def _transfer(exhibits: Exhibits, nulls: dict[str, Any], parts: Parts) -> dict[str, Any]:
     """Other initialisations, other widths, spread within one condition, and fine-tuning beside the best null model."""
-    task, config, draw = exhibits.task, exhibits.config, exhibits.draw
-    (generated, _), found = exhibits.generated, dict[str, Any]()
-    best = min(nulls, key=lambda name: nulls[name]["prompt_split_loss_mean"])
-    origins = {"generated": generated, "start": exhibits.starts, best: models[best]}
-    rates = sorted({rate / 10 for rate in config.adam_learning_rates} | set(config.adam_learning_rates))
-    steps = min(100, config.optimizer_steps)
-    found["fine_tuning"] = fine_tuning(task, origins, rates, steps, exhibits.seeds)
+    task, config, draw, best_loss = exhibits.task, exhibits.config, exhibits.draw, exhibits.best
+    figures: dict[str, Any] = {"fine_tuning": _fine_tuning(exhibits, nulls, parts)}
     if config.unseen and exhibits.seeds is None:
-        found["unseen_initialisations"] = unseen_initialisations(task, draw, exhibits.best, config.unseen)
+        figures["unseen_initialisations"] = {
+            scheme: parts.get(f"initialisation-{scheme}", lambda scheme=scheme: unseen_initialisation(
+                task, draw, best_loss, scheme, config.unseen))
+            for scheme in INITIALISATIONS
+        }  # fmt: skip
     if config.unseen and config.widths:
-        found["widths"] = unseen_architectures(
-            task, draw, exhibits.best, config.widths, exhibits.architectures, config.unseen
-        )  # fmt: skip
+        figures["widths"] = [
+            parts.get(f"width-{width}", lambda width=width: unseen_architecture(
+                task, draw, best_loss, width, exhibits.architectures, config.unseen))
+            for width in config.widths
+        ]  # fmt: skip
     if config.repeats > 1 and exhibits.seeds is None:
-        starts = exhibits.starts[:8]
-        found["conditional_dispersion"] = conditional_dispersion(task, draw, starts, exhibits.best, config.repeats)
-    return found
+        figures["conditional_dispersion"] = parts.get("conditional_dispersion", lambda: conditional_dispersion(
+            task, draw, exhibits.starts[:8], best_loss, config.repeats))  # fmt: skip
+    return figures
+
+
+def _fine_tuning(exhibits: Exhibits, nulls: dict[str, Any], parts: Parts) -> list[dict[str, Any]]:
+    """Adam from generated networks, from the starts and from the best null model, each at its own best rate."""
+    losses = {name: null["prompt_split_loss_mean"] for name, null in nulls.items()}
+    best = min((name for name in losses if losses[name] is not None), key=lambda name: losses[name], default="start")
+    rows = []
+    for origin in dict.fromkeys(("generated", "start", best)):
+        flat = exhibits.generated[0] if origin == "generated" else exhibits.nulls[origin]
+        sound = is_finite(flat)
+        if sound.any():
+            steps, rates = min(100, exhibits.config.optimizer_steps), _fine_tuning_rates(exhibits.config)
+            seeds = exhibits.seeds
+            if seeds is not None:
+                seeds = [seed for seed, is_sound in zip(seeds, sound.tolist(), strict=True) if is_sound]
+            part = f"fine_tuning-{origin}"
+            curve = _best_curve(exhibits.task, parts, part, flat[sound], seeds, "adam", rates, steps)
+            rows.append({"origin": origin, **asdict(curve)})
+    return rows
 
 
 def _points(score: Tensor, distance: Tensor) -> dict[str, list[float]]:

@@ -70,7 +70,9 @@ class PermutationDistance:
         return distances.min(1).values
 
     def spread(self, flat: Tensor) -> float:
-        """Mean distance between two different ones of networks (N, P)."""
+        """Mean distance between two different ones of networks (N, P); NaN where there are none."""
+        if not len(flat):
+            return float("nan")
         distances = self.pairwise(flat[:64], flat[:64])
         return float(distances.sum() / max(1, distances.numel() - len(distances)))
 

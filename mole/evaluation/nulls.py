@@ -8,6 +8,9 @@ from torch import Tensor
 
 from mole.evaluation.novelty import PermutationDistance
 
+NULLS = ("mean_of_16_aligned", "gaussian", "pca_gaussian", "noise", "nearest_prompt_retrieval", "start")
+"""Every null model, by name."""
+
 ALIGNED = 512
 """Training networks that Gaussians are fitted to."""
 

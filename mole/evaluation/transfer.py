@@ -3,15 +3,14 @@
 Dimensions: S starts, N networks, P parameters.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mole.checkpoints import train_population
-from mole.evaluation.optimisers import best_curve
+from mole.evaluation.sound import is_finite, mean, measure_sound
 from mole.seeding import derived
 from mole.tasks import Architecture, Task
 
@@ -64,36 +63,26 @@ def initial(task: Task, scheme: str, count: int) -> Tensor:
     return torch.stack(rows)
 
 
-def unseen_initialisations(task: Task, draw: Draw, best: float, count: int) -> dict[str, Any]:
-    """One pass from initialisations that no zoo has: test score before and after, mean over `count` starts."""
-    found, name = {}, task.score
-    for scheme in INITIALISATIONS:
-        starts = initial(task, scheme, count)
-        drawn, _ = draw(starts, torch.full((count,), best))
-        found[scheme] = {
-            f"start_{name}_mean": _score(task, starts), f"{name}_mean": _score(task, drawn),
-        }  # fmt: skip
-    return found
+def unseen_initialisation(task: Task, draw: Draw, best: float, scheme: str, count: int) -> dict[str, float]:
+    """One pass from an initialisation that no zoo has: test score before and after, mean over `count` starts."""
+    starts = initial(task, scheme, count)
+    drawn, _ = draw(starts, torch.full((count,), best))
+    return {f"start_{task.score}_mean": _score(task, starts), f"{task.score}_mean": _score(task, drawn)}
 
 
-def unseen_architectures(
-    task: Task, draw: Draw, best: float, widths: Sequence[int], seen: Collection[Architecture], count: int
-) -> list[dict[str, Any]]:
-    """One pass for networks of each width, beside as many networks of that width trained by the task's recipe."""
-    rows, name = [], task.score
-    for width in widths:
-        other = task.with_config(task.config.model_copy(update={"width": width}))
-        seeds = [derived("trial", number) for number in range(count)]
-        starts = other.initial(seeds)
-        drawn, _ = draw(starts, torch.full((count,), best), task=other)
-        trained = train_population(other, seeds, [task.config.steps], initial=starts).weights
-        rows.append(
-            {
-                "width": width, "in_zoo": other.architecture in seen, f"{name}_mean": _score(other, drawn),
-                f"start_{name}_mean": _score(other, starts), f"trained_{name}_mean": _score(other, trained),
-            }
-        )  # fmt: skip
-    return rows
+def unseen_architecture(
+    task: Task, draw: Draw, best: float, width: int, seen: Collection[Architecture], count: int
+) -> dict[str, Any]:
+    """One pass for networks of a width, beside as many networks of that width trained by the task's recipe."""
+    other, name = task.with_config(task.config.model_copy(update={"width": width})), task.score
+    seeds = [derived("trial", number) for number in range(count)]
+    starts = other.initial(seeds)
+    drawn, _ = draw(starts, torch.full((count,), best), task=other)
+    trained = train_population(other, seeds, [task.config.steps], initial=starts).weights
+    return {
+        "width": width, "in_zoo": other.architecture in seen, f"{name}_mean": _score(other, drawn),
+        f"start_{name}_mean": _score(other, starts), f"trained_{name}_mean": _score(other, trained),
+    }  # fmt: skip
 
 
 def recursive_passes(
@@ -112,18 +101,6 @@ def recursive_passes(
     return found
 
 
-def fine_tuning(
-    task: Task,
-    origins: Mapping[str, Tensor],
-    learning_rates: Sequence[float],
-    steps: int,
-    seeds: Sequence[int] | None = None,
-) -> list[dict[str, Any]]:
-    """Adam from several origins (N, P), each at its own best learning rate on prompt images."""
-    return [{"origin": name, **asdict(best_curve(task, flat, "adam", learning_rates, steps, seeds))}
-            for name, flat in origins.items()]  # fmt: skip
-
-
 def conditional_dispersion(task: Task, draw: Draw, starts: Tensor, best: float, repeats: int) -> dict[str, Any]:
     """Is one evaluation a draw, or a mean? Spread of networks from one start, over the noise of the generator, and over
     the order of the data of an optimiser; each root-mean-square, averaged over starts."""
@@ -131,7 +108,7 @@ def conditional_dispersion(task: Task, draw: Draw, starts: Tensor, best: float, 
     drawn, _ = draw(many, torch.full((len(many),), best))
     seeds = [derived("trial", number) for number in range(len(many))]
     trained = train_population(task, seeds, [task.config.steps], initial=many).weights
-    if len(trained) < len(many):  # some diverged
+    if len(trained) < len(many) or not is_finite(drawn).all():  # some diverged
         return {"starts": len(starts), "repeats": repeats, "generated": None, "trained": None, "ratio": None}
     spreads = [flat.unflatten(0, (-1, repeats)) for flat in (drawn, trained)]
     mine, theirs = (float((s - s.mean(1, keepdim=True)).square().sum(-1).mean().sqrt()) for s in spreads)
@@ -139,4 +116,4 @@ def conditional_dispersion(task: Task, draw: Draw, starts: Tensor, best: float, 
 
 
 def _score(task: Task, flat: Tensor) -> float:
-    return float(task.measure(flat, "test")[task.score].mean())
+    return mean(measure_sound(task, flat, "test")[task.score])

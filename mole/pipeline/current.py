@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,9 +17,6 @@ from mole.reporting import Reporter
 from mole.stages import RunFolder, StageName
 from mole.tasks import Task, load_task
 from mole.tracking import Tracker
-
-Result = tuple[list[Path], dict[str, Any]]
-"""Files that a stage wrote, and its part of the report."""
 
 
 @dataclass(frozen=True)

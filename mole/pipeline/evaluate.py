@@ -7,12 +7,16 @@ import torch
 from mole.checkpoints.layouts import own_part
 from mole.diffusion.request import Request
 from mole.evaluation.figures import draw_figures
-from mole.evaluation.judge import PARTS, Exhibits, examples, judge
-from mole.pipeline.current import Result, Run
+from mole.evaluation.judge import Exhibits, count_parts, examples, judge
+from mole.evaluation.parts import Parts
+from mole.files import value_digest
+from mole.pipeline.current import Run
+from mole.revision import revision
+from mole.stages import Work, fingerprint
 from mole.tasks import Task
 
 
-def evaluate(current: Run) -> Result:
+def evaluate(current: Run) -> Work:
     """Judge the generator on held-out runs and test images, beside baselines and null models."""
     generator, seed, settings = current.generator, current.config.seed, current.config.evaluate
     own = current.task.to(torch.device("cpu"))  # judged there, wherever it was generated
@@ -36,17 +40,20 @@ def evaluate(current: Run) -> Result:
         return drawn.flat, drawn.evaluations
 
     exhibits = Exhibits(own, training, current.own_heldout, draw, settings, seed, tuple(generator.card.architectures))
-    done = 0
-    with current.reporter.stage("evaluate", PARTS, "parts") as advance:
+    done, total = 0, count_parts(settings, subtasks=own.config.subtasks.differ)
+    with current.reporter.stage("evaluate", total, "parts") as advance:
 
         def tick() -> None:
             nonlocal done
             done += 1
             advance(done)
 
-        result = judge(exhibits, tick)
-    values = {f"novelty/{key}": value for key, value in result["novelty"].items() if value is not None}
+        identity = value_digest([fingerprint(current.config, current.folder, "evaluate"), revision().source])
+        result = judge(exhibits, Parts(current.folder.parts, identity, tick))
+        advance(total)
+    values = {f"novelty/{key}": value for key, value in result["novelty"].items()}
     values |= {f"sample/one_pass_{key}": result["one_pass"][key] for key in (f"{own.score}_mean", "loss_mean")}
-    current.log("evaluate", 0, {**values, "sample/alignment_r2": result["alignment"]["r2_mean"]})
+    values["sample/alignment_r2"] = result["alignment"]["r2_mean"]
+    current.log("evaluate", 0, {name: value for name, value in values.items() if value is not None})
     paths = draw_figures(current.folder.figures, result)
-    return paths, result
+    return Work(paths, result)

@@ -10,16 +10,17 @@ from mole.checkpoints.groups import SEEDS_PER_CONFIG, Group, plan_groups, run_na
 from mole.diffusion.generator import versions
 from mole.errors import CorruptFileError, MoleError
 from mole.files import remove
-from mole.pipeline.current import Result, Run
+from mole.pipeline.current import Run
+from mole.stages import Work, harvest_recipe
 
 
-def harvest(current: Run) -> Result:
+def harvest(current: Run) -> Work:
     """Train a population in groups; each group is a shard that counts once it is whole.
 
     While streaming there is nothing to do: populations train beside the generator.
     """
     if current.config.harvest.mode == "stream":
-        return [], {"harvest": {"mode": "stream", "runs": 0, "checkpoints": 0}, "split": _split(current)}
+        return Work([], {"harvest": {"mode": "stream", "runs": 0, "checkpoints": 0}, "split": _split(current)})
     config, folder = current.config, current.folder.zoo
     settings, header = config.harvest, _header(current)
     total = settings.runs + settings.heldout_runs
@@ -34,26 +35,21 @@ def harvest(current: Run) -> Result:
         seconds = writer.seconds()
     zoo = Zoo(folder)
     _ = current.zoo  # says so if nothing is left to learn from
-    current.ledger.append(
-        [
-            {
-                "kind": "entity", "type": "zoo", "digest": zoo.digest, "runs": total, "recipe": header.recipe,
-                "seeds": [config.seed * SEEDS_PER_CONFIG, config.seed * SEEDS_PER_CONFIG + total - 1],
-                "layouts": sorted(zoo.layouts), "wasGeneratedBy": {"activity": "harvest", "versions": versions()},
-            }
-        ]
-    )  # fmt: skip
-    outputs = [folder / "zoo.json", *folder.glob("layouts/[!.]*")]  # seals hold seconds, which differ every time
+    record = {
+        "kind": "entity", "type": "zoo", "digest": zoo.digest, "runs": total, "recipe": header.recipe,
+        "seeds": [config.seed * SEEDS_PER_CONFIG, config.seed * SEEDS_PER_CONFIG + total - 1],
+        "layouts": sorted(zoo.layouts), "wasGeneratedBy": {"activity": "harvest", "versions": versions()},
+    }  # fmt: skip
+    current.ledger.append([record])
+    outputs = [folder / "zoo.json", *folder.glob("layouts/[!.]*")]
     outputs += [path for files in shards(folder) for path in (files.weights, files.index)]
-    return outputs, {**_report(current, zoo, seconds), "seconds_before": before}
+    seals = [files.seal for files in shards(folder)]  # which hold seconds, and differ every time
+    return Work(outputs, {**_report(current, zoo, seconds), "seconds_before": before}, [record], seals)
 
 
 def _header(current: Run) -> Header:
     """What decides the bits of the zoo; groups decide them too, by the number of networks that train at once."""
-    config = current.config
-    kept = config.harvest.model_dump(mode="json", include={"checkpoints", "keep", "vary"})
-    recipe = {"seed": config.seed, "task": config.task.model_dump(mode="json"), **kept}
-    return Header("loss", config.harvest.dtype, recipe)
+    return Header("loss", current.config.harvest.dtype, harvest_recipe(current.config))
 
 
 def _empty_unless_same(folder: Path, header: Header) -> None:

@@ -12,15 +12,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mole.errors import CorruptFileError, MoleError
+from mole.evaluation.parts import without_nan
 from mole.files import write_text
-from mole.pipeline.current import Result, Run
+from mole.pipeline.current import Run
 from mole.rank import REGISTRY, Candidate, kendall_tau, leaderboard, regret
 from mole.reporting import Advance
-from mole.stages import read_marker
+from mole.stages import Work, read_marker
 from mole.tasks import Classification, Task
 
 
-def rank(current: Run) -> Result:
+def rank(current: Run) -> Work:
     """Order the generated networks, and say how far that order can be trusted.
 
     Where there are no classes to tell apart, the loss on the prompt split decides.
@@ -28,6 +29,10 @@ def rank(current: Run) -> Result:
     folder, task = current.folder, current.task.to(torch.device("cpu"))
     marker = read_marker(folder, "sample")
     files = [folder.root / name for name in sorted(marker.outputs)] if marker else []
+    if not files:
+        report = {"candidates": 0, "by": None, "kendall_tau": None, "top1_regret": None, "random_regret": None}
+        write_text(folder.leaderboard, "rank,file\n")
+        return Work([folder.leaderboard], {"rank": report})
     states = [_load_sample(task, path) for path in files]
     flat, seeds = torch.stack([task.spec.flatten(state) for state in states]), None
     if task.config.subtasks.differ:
@@ -64,9 +69,10 @@ def rank(current: Run) -> Result:
                     for name, column in judges.items()},
         "best": rows[0][1],
     }  # fmt: skip
+    report = without_nan(report)
     current.log("rank", 0, {f"rank/{k}": float(v) for k, v in report.items() if isinstance(v, float)})
     current.tracker.table("rank/networks", names, rows)
-    return [folder.leaderboard], {"rank": report}
+    return Work([folder.leaderboard], {"rank": report})
 
 
 def _scores(

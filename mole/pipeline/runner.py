@@ -10,27 +10,46 @@ from typing import Any
 
 import torch
 
-from mole.config import Config, to_yaml
+from mole.config import Config
 from mole.diffusion.generator import versions
 from mole.errors import MoleError
-from mole.files import remove, write_text
-from mole.pipeline.current import Result, Run
+from mole.files import remove, sweep
+from mole.pipeline.current import Run
 from mole.pipeline.evaluate import evaluate
 from mole.pipeline.harvest import harvest
 from mole.pipeline.rank import rank
 from mole.pipeline.sample import sample
 from mole.pipeline.train import train
 from mole.reporting import Reporter
-from mole.stages import RunFolder, StageName, decide, read_marker, unlearnable, write_marker, write_report
+from mole.stages import (
+    RunFolder,
+    StageName,
+    Work,
+    clashes,
+    decide,
+    mend_records,
+    read_marker,
+    sections,
+    unlearnable,
+    write_marker,
+    write_report,
+)
 from mole.tracking import Tracker
 
-STAGE_FUNCTIONS: dict[StageName, Callable[[Run], Result]] = {
+STAGE_FUNCTIONS: dict[StageName, Callable[[Run], Work]] = {
     "harvest": harvest, "train": train, "sample": sample, "evaluate": evaluate, "rank": rank,
 }  # fmt: skip
 
 
 def run(
-    config: Config, root: Path, stages: tuple[StageName, ...], reporter: Reporter, *, began: float
+    config: Config,
+    root: Path,
+    stages: tuple[StageName, ...],
+    reporter: Reporter,
+    *,
+    began: float,
+    replace: bool = False,
+    redo: bool = False,
 ) -> dict[str, Any]:
     """Run the stages that are not done yet; returns the report, which is also written.
 
@@ -40,6 +59,8 @@ def run(
         stages: which stages, in order; those they depend on must have finished.
         reporter: told the progress.
         began: `time.perf_counter()` when the process began; the start-up counts for the first stage.
+        replace: whether finished work of another configuration may be replaced.
+        redo: whether work of other code is done again.
 
     Raises:
         MoleError: something the user can mend.
@@ -47,17 +68,25 @@ def run(
     if faults := unlearnable(config, stages):
         raise MoleError("; ".join(faults))
     folder = RunFolder(root)
+    if not replace and (differences := clashes(config, folder, stages)):
+        raise MoleError(f"{root} holds work of another configuration ({'; '.join(differences)}); choose another folder")
     device = choose_device(config)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
-    write_text(root / "config.yaml", to_yaml(config))
+    sweep(root)
+    for stage in stages:
+        marker = read_marker(folder, stage)
+        if marker is not None and marker.config != sections(config, stage):
+            remove(folder.marker(stage))
+    for line in mend_records(config, folder):
+        reporter.say(line)
     tracker = Tracker(config.tracking, name=config.name, folder=root, settings=config.model_dump(mode="json"))
     reporter.say(tracker.line)
     current = Run(config, folder, reporter, tracker, device)
     try:
         _ = current.ledger  # a damaged one is said before hours are spent, not after
         for stage in stages:
-            decision = decide(config, folder, stage)
+            decision = decide(config, folder, stage, redo=redo)
             if not decision.run:
                 reporter.say(f"{stage}: done already, {decision.reason}; skipped")
                 continue
@@ -66,22 +95,25 @@ def run(
             began = _finish(current, stage, STAGE_FUNCTIONS[stage], began)
     finally:
         tracker.finish()
+    mend_records(config, folder)
     return write_report(config, folder)
 
 
-def _finish(current: Run, stage: StageName, function: Callable[[Run], Result], began: float) -> float:
+def _finish(current: Run, stage: StageName, function: Callable[[Run], Work], began: float) -> float:
     """Run one stage and declare it finished; returns when that was."""
     folder = current.folder
     remove(folder.marker(stage))
     if stage != "train":  # a training may continue, and keeps the rows of what it has done
         current.metrics.rewind(stage, -1)
-    outputs, result = function(current)
+    work = function(current)
     ended = time.perf_counter()
-    seconds = ended - began + result.pop("seconds_before", 0.0)
-    result["machine"] = _machine(current.device)
-    write_marker(folder, current.config, stage, outputs, seconds, result)
+    seconds = ended - began + work.result.pop("seconds_before", 0.0)
+    work.result["machine"] = _machine(current.device)
+    write_marker(folder, current.config, stage, work, seconds)
     if stage == "train":
         remove(folder.training_state)  # not before the result counts
+    if stage == "evaluate":
+        remove(folder.parts)
     write_report(current.config, folder)
     return ended
 

@@ -7,16 +7,17 @@ from typing import Any
 from mole.checkpoints.stream import Flow, Reservoir
 from mole.diffusion.generator import Generator, versions
 from mole.diffusion.pairs import PairSource, StreamPairs, ZooPairs
-from mole.pipeline.current import Result, Run
-from mole.stages import fingerprint
+from mole.pipeline.current import Run
+from mole.stages import Work, fingerprint
 
 
-def train(current: Run) -> Result:
+def train(current: Run) -> Work:
     """Train the generator; its state is on disk every few hundred steps."""
     config, folder = current.config, current.folder
     made = learn(current)
     generator = made.generator.save(folder.generator)
-    current.ledger.append([_record(current, generator)])
+    record = _record(current, generator)
+    current.ledger.append([record])
     report = {
         "parameters": sum(p.numel() for p in generator.denoiser.parameters()), "steps": config.train.steps,
         "seconds": made.seconds, "steps_per_second": config.train.steps / max(made.seconds, 1e-9),
@@ -25,7 +26,7 @@ def train(current: Run) -> Result:
     if made.flow is not None:
         report["stream"] = made.flow.report()
     outputs = [folder.generator / name for name in ("config.json", "model.safetensors", "README.md")]
-    return outputs, {"train": report, "seconds_before": made.before}
+    return Work(outputs, {"train": report, "seconds_before": made.before}, [*made.records, record])
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Learned:
     resumed_from: int
     flow: Flow | None
     """Of a stream."""
+    records: list[dict[str, Any]]
+    """Of the groups that were streamed, for the ledger."""
 
 
 def learn(current: Run, *, first: bool = True) -> Learned:
@@ -49,11 +52,12 @@ def learn(current: Run, *, first: bool = True) -> Learned:
     stream: list[Reservoir] = []
     recipe = {name: getattr(config, name).model_dump(mode="json") for name in ("task", "harvest")}
     streamed = {"activity": "harvest", "recipe": {"seed": config.seed, **recipe}, "versions": versions()}
-    resumed_from = 0
+    resumed_from, records = 0, list[dict[str, Any]]()
 
     def record(group: dict[str, Any]) -> None:
         if first:
-            current.ledger.append([{"kind": "entity", "type": "streamed group", **group, "wasGeneratedBy": streamed}])
+            records.append({"kind": "entity", "type": "streamed group", **group, "wasGeneratedBy": streamed})
+            current.ledger.append(records[-1:])
 
     task = current.task
 
@@ -85,7 +89,7 @@ def learn(current: Run, *, first: bool = True) -> Learned:
     finally:
         for reservoir in stream:
             reservoir.close()
-    return Learned(generator, seconds, before, resumed_from, stream[0].flow if stream else None)
+    return Learned(generator, seconds, before, resumed_from, stream[0].flow if stream else None, records)
 
 
 def _record(current: Run, generator: Generator) -> dict[str, Any]:

@@ -74,6 +74,16 @@ def batched(network: nn.Module) -> nn.Module:
     return network
 
 
+def own_state(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and kept buffers, each once: a tied tensor under its first name."""
+    seen, state = set[int](), dict[str, Tensor]()
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            state[name] = tensor.detach()
+    return state
+
+
 def advance_keys(state: dict[str, Tensor], names: list[str], seeds: Tensor, step: int) -> None:
     """Give the dropout keys (N,) under `names` their values for a step: of seed and step alone."""
     for name in names:

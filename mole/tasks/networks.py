@@ -15,6 +15,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }  # fmt: skip
 
 
+KINDS = ("mlp", "convnet", "policy")
+
+
 class Architecture(BaseModel):
     """One network family.
 
@@ -33,6 +36,16 @@ class Architecture(BaseModel):
         """A freshly initialised network; the caller's random state is left as it was."""
         with Seeded(seed):
             return {"mlp": mlp, "convnet": convnet, "policy": Policy}[self.kind](self.widths, self.activation)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of one network, known without building it."""
+        pairs = list(pairwise(self.widths))
+        if self.kind == "convnet":
+            return sum(9 * inputs * outputs for inputs, outputs in pairs[:-1]) + (self.widths[-2] + 1) * self.widths[-1]
+        return sum((inputs + 1) * outputs for inputs, outputs in pairs) + (
+            self.widths[-1] if self.kind == "policy" else 0
+        )
 
 
 def mlp(widths: list[int], activation: str) -> nn.Sequential:

@@ -86,9 +86,49 @@ class Convolved(nn.Sequential):
         )  # fmt: skip
 
 
+class Frozen(nn.Sequential):
+    """A layer that is not to be trained."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+        self[0].requires_grad_(requires_grad=False)
+
+
+class Tied(nn.Module):
+    """One weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.again, self.last = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.again.weight = self.inner.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.last(self.again(self.inner(input).tanh()).tanh())
+
+
+class Assigning(nn.Module):
+    """A buffer that the forward assigns anew."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * input.detach().mean(0)
+        return self.layer(input - self.mean)
+
+
 @pytest.mark.parametrize(
     ("build", "changes"),
     [
+        (Frozen, {"optimizer": "adam"}),
+        (Frozen, {"optimizer": "sgd", "weight_decay": 0.01}),
+        (Tied, {"optimizer": "sgd"}),
+        (Assigning, {"optimizer": "sgd"}),
         (None, {"optimizer": "adam"}),
         (None, {"optimizer": "sgd", "weight_decay": 0.01}),
         (None, {"depth": 2, "activation": "tanh", "width": 3}),
@@ -101,7 +141,20 @@ class Convolved(nn.Sequential):
         ),  # Adam would blow up the rounding of a bias before a norm,
         (Convolved, {"weight_decay": 0.01}),
     ],
-    ids=["adam", "sgd", "deep", "clipped", "part", "small batches", "batch norm", "convolutions"],
+    ids=[
+        "frozen, adam",
+        "frozen, sgd",
+        "tied",
+        "assigned buffer",
+        "adam",
+        "sgd",
+        "deep",
+        "clipped",
+        "part",
+        "small batches",
+        "batch norm",
+        "convolutions",
+    ],
 )
 def test_a_population_equals_the_loop_over_its_members(
     toy: Classification, build: type[nn.Module] | None, changes: dict[str, object]

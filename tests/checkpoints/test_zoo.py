@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from mole.checkpoints import Header, Zoo, ZooWriter, verify
 from mole.checkpoints.format import ShardFiles, shards
 from mole.errors import CorruptFileError, MoleError
-from mole.files import read_json, write_json
+from mole.files import write_json
+from mole.reading.text import read_json
 from mole.representations import WeightSpec
 from mole.tasks import Classification
 

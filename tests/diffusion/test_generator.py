@@ -13,7 +13,8 @@ from mole.diffusion.card import FORMAT, Card
 from mole.diffusion.codec import Codec
 from mole.diffusion.denoiser import Denoiser
 from mole.errors import CorruptFileError, MoleError, PromptWarning
-from mole.files import read_json, value_digest, write_json
+from mole.files import value_digest, write_json
+from mole.reading.text import read_json
 from mole.representations import neuron_view
 from mole.representations.structure import word
 from mole.tasks import Architecture, Classification

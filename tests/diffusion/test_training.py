@@ -332,7 +332,7 @@ def test_a_chain_of_consistent_predictions_ends_at_the_clean_weights(source: Zoo
 def test_processes_share_batches_that_divide_and_weights_of_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(MoleError, match=r"train\.batch_size 8 does not divide among 3 processes"):
-        _trainer(replace_train(CONFIG, batch_size=8), torch.device("cpu"), L.Callback(), layouts=1)
+        _trainer(replace_train(CONFIG, batch_size=8), torch.device("cpu"), L.Callback(), Path(), layouts=1)
     sharded = CONFIG.model_copy(update={"runtime": CONFIG.runtime.model_copy(update={"strategy": "fsdp"})})
     with pytest.raises(MoleError, match=r"fsdp: the zoo has 2 layouts of networks, .*; legal is ddp"):
         _strategy(sharded, 2, layouts=2)

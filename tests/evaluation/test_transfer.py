@@ -11,13 +11,14 @@ from mole.config import EvaluateConfig
 from mole.evaluation.judge import Exhibits, _as_trained
 from mole.evaluation.novelty import PermutationDistance, ratio
 from mole.evaluation.nulls import null_models
+from mole.evaluation.optimisers import best_curve
 from mole.evaluation.transfer import (
+    INITIALISATIONS,
     conditional_dispersion,
-    fine_tuning,
     initial,
     recursive_passes,
-    unseen_architectures,
-    unseen_initialisations,
+    unseen_architecture,
+    unseen_initialisation,
 )
 from mole.seeding import derived
 from mole.tasks import Classification
@@ -57,11 +58,11 @@ def test_initialisations_have_the_spread_of_their_definition(toy: Classification
 
 
 def test_who_returns_the_start_gains_nothing(toy: Classification) -> None:
-    found = unseen_initialisations(toy, Idle(), 0.1, 5)
-    for scheme in ("xavier", "orthogonal", "kaiming_fan_in", "kaiming_fan_out"):
-        assert found[scheme]["accuracy_mean"] == found[scheme]["start_accuracy_mean"]
+    for scheme in INITIALISATIONS:
+        found = unseen_initialisation(toy, Idle(), 0.1, scheme, 5)
+        assert found["accuracy_mean"] == found["start_accuracy_mean"]
     draw = Idle()
-    rows = unseen_architectures(toy, draw, 0.1, [4, 9], [toy.architecture], 6)
+    rows = [unseen_architecture(toy, draw, 0.1, width, [toy.architecture], 6) for width in (4, 9)]
     assert [(row["width"], row["in_zoo"]) for row in rows] == [(4, True), (9, False)]
     assert [task.architecture.widths for task in draw.asked if task] == [[5, 4, 3], [5, 9, 3]]
     for row in rows:
@@ -98,10 +99,10 @@ def test_the_spread_of_draws_is_told_in_units_of_the_optimisers(toy: Classificat
 def test_fine_tuning_begins_where_each_origin_is(toy: Classification) -> None:
     starts = toy.initial(range(5))
     trained = train_population(toy, range(5), [toy.config.steps]).weights
-    curves = fine_tuning(toy, {"start": starts, "trained": trained}, [0.003, 0.01], 6)
-    assert [curve["origin"] for curve in curves] == ["start", "trained"] and curves[0]["steps"] == list(range(7))
-    for curve, flat in zip(curves, (starts, trained), strict=True):
-        assert curve["score"][0] == pytest.approx(float(toy.measure(flat, "test")["accuracy"].mean()))
+    for flat in (starts, trained):
+        curve = best_curve(toy, flat, "adam", [0.003, 0.01], 6)
+        assert curve.steps == list(range(7))
+        assert curve.score[0] == pytest.approx(float(toy.measure(flat, "test")["accuracy"].mean()))
 
 
 def test_gaussians_have_the_mean_and_the_spread_of_the_training_networks(toy: Classification) -> None:
