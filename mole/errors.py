@@ -4,6 +4,9 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+MOST_MISTAKES = 50
+"""That one message lists."""
+
 
 class MoleError(Exception):
     """Something the user can mend; the message says where, what, what is legal and what to do."""
@@ -15,7 +18,9 @@ class ConfigError(MoleError):
     def __init__(self, mistakes: list[str], where: str = "configuration") -> None:
         self.mistakes = mistakes
         count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''} in the {where}"
-        super().__init__("\n".join([count, *(f"  {mistake}" for mistake in mistakes)]))
+        shown = [f"  {mistake}" for mistake in mistakes[:MOST_MISTAKES]]
+        more = [f"  and {len(mistakes) - len(shown)} more"] * (len(mistakes) > len(shown))
+        super().__init__("\n".join([count, *shown, *more]))
 
 
 class ChoiceError(MoleError, ValueError):

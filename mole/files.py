@@ -111,7 +111,7 @@ class LockedError(MoleError):
 
 
 @contextmanager
-def locked(path: Path, problem: str, note: str = "") -> Iterator[None]:
+def locked(path: Path, problem: str, note: str = "", *, wait: bool = False) -> Iterator[None]:
     """Hold a lock file; the operating system releases it when the process ends, however it ends.
 
     Where the file system has no locks, one line says so, and the block runs without.
@@ -120,6 +120,7 @@ def locked(path: Path, problem: str, note: str = "") -> Iterator[None]:
         path: of the lock file.
         problem: what to say where another process holds it.
         note: what that other process shall find in the file.
+        wait: whether to wait for the other process.
 
     Raises:
         LockedError: another process holds it; the message says `problem`.
@@ -128,6 +129,9 @@ def locked(path: Path, problem: str, note: str = "") -> Iterator[None]:
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         state = _lock(handle)
+        while wait and state == "held":
+            time.sleep(0.01)
+            state = _lock(handle)
         if state == "held":
             raise LockedError(f"{path.parent}: {problem}; wait for it, or choose another")
         if state == "no locks" and os.name != "nt":

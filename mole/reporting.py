@@ -1,7 +1,23 @@
 """How the pipeline tells what it is doing; the command line decides how that looks."""
 
+import re
 from contextlib import AbstractContextManager
 from typing import Protocol
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|[\ud800-\udfff]")
+LONGEST = 2000
+"""Characters of a line that is printed."""
+
+
+def printable(text: str) -> str:
+    """Text that does nothing to a terminal: control sequences in names become visible, very long lines are cut.
+
+    Example:
+        >>> printable("a\x1b[2Jb")
+        'a\\\\x1b[2Jb'
+    """
+    lines = (line if len(line) <= LONGEST else f"{line[:LONGEST]} ... (cut)" for line in text.split("\n"))
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), "\n".join(lines))
 
 
 class Advance(Protocol):

@@ -1,7 +1,6 @@
 """What a person sees while a run goes on: a bar on a terminal, a line about every 30 s elsewhere."""
 
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -10,26 +9,10 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from mole.reporting import Advance
+from mole.reporting import Advance, printable
 
 SILENCE = 30.0
 """Seconds between two lines where there is no terminal."""
-
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|[\ud800-\udfff]")
-LONGEST = 2000
-"""Characters of a line that is printed."""
-
-
-def printable(text: str) -> str:
-    """Text that does nothing to a terminal: control sequences in names become visible, very long lines are cut.
-
-    Example:
-        >>> printable("a\x1b[2Jb")
-        'a\\\\x1b[2Jb'
-    """
-    lines = (line if len(line) <= LONGEST else f"{line[:LONGEST]} ... (cut)" for line in text.split("\n"))
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), "\n".join(lines))
 
 
 class _Steady:

@@ -34,13 +34,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         *BASE,
     },
     "evaluation": {"config", "representations", "seeding", "tasks", "checkpoints", *BASE},
-    "rank": {"checkpoints", "config", "devices", "tasks", *BASE},
+    "rank": {"checkpoints", "config", "devices", "reporting", "representations", "tasks", *BASE},
     "provenance": BASE,
     "pipeline": {
         "checkpoints", "config", "diffusion", "evaluation", "metrics", "provenance", "rank", "reporting",
         "representations", "revision", "stages", "tasks", "tracking", *BASE,
     },
-    "cli": {"checkpoints", "config", "pipeline", "rank", "revision", "signals", "stages", "tasks", "terminal", *BASE},
+    "cli": {"checkpoints", "config", "pipeline", "rank", "reporting", "revision", "signals", "stages", "tasks", "terminal", *BASE},
 }  # fmt: skip
 
 

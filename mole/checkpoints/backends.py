@@ -52,9 +52,7 @@ def make_backend(task: Task, harvest: HarvestConfig) -> Backend:
     try:
         from mole.checkpoints.ray_backend import RayBackend
     except ImportError:
-        raise MoleError(
-            "harvest.backend is ray, which is not installed: pip install 'mole[ray]', or use local"
-        ) from None
+        raise MoleError("harvest.backend is ray, which is not installed: pip install ray, or use local") from None
     return RayBackend(task, harvest)
 
 

@@ -4,14 +4,15 @@ Dimensions: n checkpoints, P parameters.
 """
 
 import time
+from collections.abc import Collection
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from mole.checkpoints.format import plain, shards
 from mole.checkpoints.writer import ZooWriter
+from mole.reading.tables import read_parquet
 from mole.representations import WeightSpec
 
 SHARD_BYTES, SHARD_ROWS = 2**26, 4096
@@ -21,13 +22,13 @@ SHARD_BYTES, SHARD_ROWS = 2**26, 4096
 class Buffer:
     """Gathers checkpoints of one layout and writes them as shards `<writer>-00000` and on."""
 
-    def __init__(self, writer: ZooWriter, spec: WeightSpec) -> None:
+    def __init__(self, writer: ZooWriter, spec: WeightSpec, family: str | None = None) -> None:
         self.writer, self.spec = writer, spec
+        self.family = family or f"{writer.name}-"
+        """What the names of shards begin with whose checkpoints count as written before."""
         prefix = f"{writer.name}-"
         mine = [files for files in shards(writer.folder) if files.name.startswith(prefix)]
         numbers = [int(end) for files in mine if (end := files.name.removeprefix(prefix)).isdigit()]
-        self.shards = [files for files in mine if files.name.removeprefix(prefix).isdigit()]
-        """Those that this writer has written before."""
         self.number = max(numbers, default=-1) + 1
         self._clear()
 
@@ -71,6 +72,15 @@ class Buffer:
         """Give a column this value in every checkpoint that has not been written yet."""
         self.columns[name] = [value] * len(self.weights)
 
+    def leave_out(self, known: Collection[tuple[str, int]]) -> int:
+        """Forget gathered checkpoints whose run and step another writer has written meanwhile; returns how many."""
+        keys = list(zip(self.columns.get("run", ()), self.columns.get("step", ()), strict=True))
+        rows = [row for row, key in enumerate(keys) if key not in known]
+        if len(rows) < len(keys):
+            self.columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+            self.weights, self.tables = ([part[row] for row in rows] for part in (self.weights, self.tables))
+        return len(keys) - len(rows)
+
     def flush(self) -> None:
         """Write what has gathered."""
         if self.weights:
@@ -94,12 +104,13 @@ class Buffer:
         return max(steps, default=None)
 
     def written(self) -> dict[tuple[str, int], str | None]:
-        """Run and step of every checkpoint that this writer has written before, and its `content`, if it has one."""
+        """Run and step of every checkpoint of this family that is in the zoo now, and its `content`, if it has one."""
         found: dict[tuple[str, int], str | None] = {}
-        for files in self.shards:
-            names = {"run", "step", "content"} & set(pq.read_schema(files.index).names)
-            table = pq.read_table(files.index, columns=sorted(names))
+        for files in shards(self.writer.folder):
+            if not files.name.startswith(self.family) or not files.name.rpartition("-")[2].isdigit():
+                continue
+            table = read_parquet(files.index, ["content", "run", "step"])
             keys = zip(table["run"].to_pylist(), table["step"].to_pylist(), strict=True)
-            contents = table["content"].to_pylist() if "content" in names else [None] * len(table)
+            contents = table["content"].to_pylist() if "content" in table.column_names else [None] * len(table)
             found |= dict(zip(keys, contents, strict=True))
         return found

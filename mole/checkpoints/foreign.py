@@ -1,7 +1,5 @@
 """Files of others, read without running anything in them: what they hold, which run, which step, which metrics."""
 
-import json
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mole.checkpoints.format import plain
 from mole.checkpoints.gpt import NETWORKS, step_of_key
 from mole.errors import CorruptFileError
+from mole.reading.guard import check_file
+from mole.reading.tensors import check_tensors, read_safetensors, read_torch
 from mole.reading.text import read_json
 from mole.representations import WeightSpec
 
@@ -66,7 +64,7 @@ class Found:
 
 def candidates(source: Path, without: Path) -> list[Candidate]:
     """Everything below `source` that may hold networks, in natural order; `without` is passed over."""
-    if source.is_file():
+    if not source.is_dir():
         return [Candidate([source], source.name, source.parent.name or "run")]
     found: list[Candidate] = []
     for folder in sorted([source, *(p for p in source.rglob("*") if p.is_dir())], key=_natural):
@@ -77,7 +75,7 @@ def candidates(source: Path, without: Path) -> list[Candidate]:
         if (folder / "data.mdb").exists():
             found.append(Candidate([folder], name, run, is_lmdb=True))
             continue
-        files = sorted((p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file()), key=_natural)
+        files = sorted((p for p in folder.iterdir() if p.suffix in SUFFIXES and not p.is_dir()), key=_natural)
         found += _files(source, folder, run, files)
     return found
 
@@ -128,8 +126,10 @@ def read_file(file: Candidate) -> Found:
         part = _state_dict(content)
         if part is None:
             raise UnusableError("no state dict in it")
-        for name, tensor in part.items():
-            _check_tensor(name, tensor)
+        try:
+            check_tensors(part)
+        except CorruptFileError as error:
+            raise UnusableError(str(error)) from None
         state |= {name: tensor.detach() for name, tensor in part.items()}
         if part.keys() == content.keys():
             content = {}  # tensors alone: none of them is a metric
@@ -145,39 +145,13 @@ def read_file(file: Candidate) -> Found:
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, ValueError, KeyError, TypeError):
-            raise UnusableError("truncated, or not a safetensors file") from None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UnusableError(_why_refused(str(error))) from None
-    except OSError:
-        raise
-    except Exception:  # PyTorch raises whatever its readers stumble over
-        raise UnusableError("truncated, or not a checkpoint") from None
+        content = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    except CorruptFileError as error:
+        raise UnusableError(str(error).removeprefix(f"{path}: ")) from None
     if not isinstance(content, Mapping):
         raise UnusableError("no state dict in it")
     return content
-
-
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    """Refuse what is no plain tensor whose every number is in the file."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise UnusableError("tensors that are sparse, quantised or without data")
-    if tensor.numel() * tensor.element_size() > 2 * tensor.untyped_storage().nbytes() + 1024:
-        raise UnusableError(f"tensors that claim more numbers than the file has ({name})")
-
-
-def _why_refused(message: str) -> str:
-    """PyTorch's refusal to unpickle, in few words."""
-    if "weights_only" not in message and "Weights only" not in message:
-        return "truncated, or not a checkpoint"
-    needed = re.search(r"(?:GLOBAL|Unsupported \w+:?|class) (?:GLOBAL )?([\w]+(?:\.[\w]+)+)", message)
-    what = f" ({needed[1]})" if needed else ""
-    return f"needs code to be run{what}, which is never done"
 
 
 def _state_dict(content: Mapping[str, Any], depth: int = 2) -> dict[str, Tensor] | None:
@@ -282,27 +256,34 @@ def read_lmdb(file: Candidate, spec: WeightSpec | None) -> Iterator[Found]:
     try:
         import lmdb
     except ImportError:
-        raise UnusableError("an LMDB run needs `pip install mole[lmdb]`") from None
+        raise UnusableError("an LMDB run needs `pip install lmdb`") from None
     folder = file.paths[0]
     try:
-        content = json.loads((folder / "runs.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "runs.json")
         runs = {file.run: content} if "checkpoints" in content else dict(content)
         listed = {run: dict(value["checkpoints"]) for run, value in runs.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, CorruptFileError, ValueError, KeyError, TypeError, AttributeError):
         raise UnusableError("an LMDB run without a sound runs.json") from None
     try:
+        size = check_file(folder / "data.mdb")
+        with lmdb.open(str(folder), readonly=True, lock=False, readahead=False, create=False) as database:
+            pages = (int(database.info()["last_pgno"]) + 1) * int(database.stat()["psize"])
+        if size < pages:  # what is mapped and not there would end the process
+            raise UnusableError(f"a truncated LMDB file ({size:,} of {pages:,} bytes)")
         with (
             lmdb.open(str(folder), readonly=True, lock=False, readahead=False, create=False) as database,
             database.begin() as transaction,
         ):
             for run, checkpoints in listed.items():
                 yield from _lmdb_run(transaction, run, checkpoints, spec)
+    except CorruptFileError as error:
+        raise UnusableError(str(error)) from None
     except lmdb.Error:
         raise UnusableError("a damaged LMDB file") from None
 
 
 def _lmdb_run(transaction: Any, run: str, checkpoints: dict[str, Any], spec: WeightSpec | None) -> Iterator[Found]:
-    for place, (key, values) in enumerate(sorted(checkpoints.items())):
+    for place, (key, values) in enumerate(sorted((str(key), values) for key, values in checkpoints.items())):
         stored, sizes = (transaction.get(name.encode()) for name in (key, f"{key}_arch"))
         if stored is None or sizes is None or len(stored) % 4 or len(sizes) % 4:
             raise UnusableError("an LMDB run that lacks what its runs.json lists")

@@ -123,7 +123,7 @@ def read_layouts(folder: Path) -> dict[str, WeightSpec]:
     for path in sorted((folder / "layouts").glob("[!.]*.json")):
         try:
             spec = WeightSpec.from_json(read_json(path))
-        except (KeyError, TypeError, IndexError, AttributeError):
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             raise CorruptFileError(f"{path}: not a layout") from None
         if spec.fingerprint[:16] != path.stem:
             raise CorruptFileError(f"{path}: truncated or altered (its name is not its digest)")
@@ -149,6 +149,8 @@ def shard_fault(files: ShardFiles) -> str | None:
 
 def verify(folder: str | Path) -> list[str]:
     """Every fault of a zoo, a line each: files that are missing, truncated or altered by as little as a bit.
+
+    Whether what the files say makes sense is for `Zoo` to tell, which checks every index.
 
     Raises:
         MoleError: there is no zoo.

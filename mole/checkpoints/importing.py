@@ -14,8 +14,9 @@ from mole.checkpoints import foreign
 from mole.checkpoints.buffer import Buffer
 from mole.checkpoints.foreign import Found, UnusableError
 from mole.checkpoints.format import Dtype, Header, column_names, read_header, read_layouts
-from mole.checkpoints.writer import ZooWriter
+from mole.checkpoints.writer import first_free
 from mole.errors import MoleError
+from mole.files import locked
 from mole.representations import WeightSpec, differences, weights_digest
 
 METRICS = ("eval_loss", "val_loss", "val/loss", "valid_loss", "avg_test_loss", "test_loss", "loss", "train_loss")
@@ -142,12 +143,16 @@ class _Intake:
             self.report.skip(str(error), file.name)
         except OSError as error:
             self.report.skip(f"cannot be read ({error.strerror or error})", file.name)
+        except Exception as error:  # one odd file is not the end of the others
+            self.report.skip(
+                f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:120]})", file.name
+            )
 
     def _keep(self, found: Found) -> None:
         try:
             spec = found.spec or WeightSpec.of_state(found.state)
-        except MoleError as error:
-            self.report.skip(str(error), found.name)
+        except (MoleError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            self.report.skip(" ".join(str(error).split())[:200], found.name)
             return
         if spec.dtype != torch.float32:
             self.report.skip("float64 weights, which no zoo holds", found.name)
@@ -176,7 +181,7 @@ class _Intake:
         self.report.checkpoints += 1
         self.report.runs.add(found.run)
         if buffer.is_full:
-            buffer.flush()
+            self._flush()
 
     def _step(self, found: Found, content: str) -> int | None:
         """The step to keep a network as; None, and that is counted, if it is known, or another one has its place."""
@@ -201,11 +206,23 @@ class _Intake:
             assert self.spec is not None
             self.metric = self.metric or next((name for name in METRICS if name in metrics), "loss")
             header = Header(self.metric, self.dtype, {"source": "import"})
-            self.buffer = Buffer(ZooWriter(self.zoo, header, "import"), self.spec)
+            self.buffer = Buffer(first_free(self.zoo, header, "import"), self.spec, family="import")
             self.known = self.buffer.written()
         return self.buffer
+
+    def _flush(self) -> None:
+        """Write what has gathered; what another import has written meanwhile is known now."""
+        assert self.buffer is not None
+        with locked(self.zoo / "shards" / ".importing.lock", "another import writes a shard there", wait=True):
+            again = self.buffer.leave_out(self.buffer.written())
+            self.report.known += again
+            self.report.checkpoints -= again
+            self.buffer.flush()
 
     def close(self) -> None:
         """Write what is left."""
         if self.buffer is not None:
-            self.buffer.close()
+            try:
+                self._flush()
+            finally:
+                self.buffer.writer.close()

@@ -18,7 +18,7 @@ from torch.func import vmap
 
 from mole.checkpoints.schedules import AtSteps, Schedule
 from mole.config import TaskConfig
-from mole.errors import MoleError, VectorisationWarning
+from mole.errors import MoleError, VectorisationWarning, check_choice
 from mole.seeding import derived
 from mole.tasks import Task
 from mole.tasks.batched import advance_keys, dropout_keys, own_state, singly
@@ -322,6 +322,7 @@ def _operation(error: BaseException) -> str:
 
 def make_optimizer(parameters: list[Tensor], config: TaskConfig) -> torch.optim.Optimizer:
     """The task's optimiser over every network at once: its steps are element-wise, so runs stay apart."""
+    check_choice("optimizer", config.optimizer, ("adam", "sgd"))
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=rate, weight_decay=decay, fused=True)
@@ -331,6 +332,7 @@ def make_optimizer(parameters: list[Tensor], config: TaskConfig) -> torch.optim.
 def learning_rate_at(task: Task, step: int) -> float:
     """Learning rate of the recipe at a step, counted from 0."""
     config = task.config
+    check_choice("schedule", config.schedule, ("constant", "cosine", "epoch_cosine"))
     if config.schedule == "constant":
         return config.learning_rate
     if config.schedule == "epoch_cosine":

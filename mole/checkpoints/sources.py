@@ -3,17 +3,19 @@
 Dimensions: n checkpoints, P parameters.
 """
 
+import re
 from collections import OrderedDict
+from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mole.checkpoints.format import INDEX_KEYS, Dtype, ShardFiles, weights_shape
-from mole.errors import CorruptFileError
+from mole.errors import CorruptFileError, MoleError
+from mole.reading.tables import read_parquet
 from mole.representations import WeightSpec
 
 OPEN_SHARDS = 256
@@ -85,15 +87,26 @@ class ShardSource:
             return self.open[number]
         path = self.files[number].weights
         weights_shape(path, self.dtype)  # a file cut off since the zoo was opened is said, not a bus error
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor = file.get_tensor("weights")
-        except (SafetensorError, OSError) as error:
-            raise CorruptFileError(f"{path}: {error}") from None
-        self.open[number] = tensor
+        tensor = self.open[number] = self._mapped(path)
         if len(self.open) > OPEN_SHARDS:
             self.open.popitem(last=False)
         return tensor
+
+    def _mapped(self, path: Path) -> Tensor:
+        """The weights of a file, mapped; where there is no room for another mapping, the older ones are given up."""
+        for give_up in (True, False):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    return file.get_tensor("weights")
+            except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
+                if not isinstance(error, MemoryError) and not re.search(
+                    "memory|os error 12", str(error), re.IGNORECASE
+                ):
+                    raise CorruptFileError(f"{path}: {error}") from None
+                if not give_up:
+                    break
+                self.open.clear()
+        raise MoleError(f"{path}: no memory to read it; give the process more, or choose a smaller harvest.group_size")
 
 
 def read_indexes(
@@ -103,8 +116,10 @@ def read_indexes(
     tables, sizes, faults = [], [], []
     for shard in files:
         try:
-            table = pq.read_table(shard.index, read_dictionary=["run", "layout", "digest"])
+            table = read_parquet(shard.index, dictionaries=["run", "layout", "digest"])
             rows, size = weights_shape(shard.weights, dtype)
+            if fault := index_fault(table):
+                raise CorruptFileError(f"{shard.index}: {fault}")
             missing = set(INDEX_KEYS) - set(table.column_names)
             unknown = missing or set(table["layout"].unique().to_pylist()) - layouts.keys()
             sizes_found = set() if unknown else {layouts[key].size for key in table["layout"].unique().to_pylist()}
@@ -116,13 +131,38 @@ def read_indexes(
         except CorruptFileError as error:
             faults.append(str(error))
         except (pa.ArrowException, OSError, KeyError) as error:
-            faults.append(f"{shard.index}: truncated or altered ({' '.join(str(error).split())[:200]})")
+            faults.append(f"{shard.index}: cannot be read ({' '.join(str(error).split())[:200]})")
         else:
             tables.append(table)
             sizes.append(rows)
     if faults:
         raise CorruptFileError("; ".join(faults) + "; make those shards again")
     return tables, sizes
+
+
+def index_fault(table: pa.Table) -> str | None:
+    """What makes no sense in the index of a shard; None if all does."""
+    wanted = {"run": "texts", "layout": "texts", "digest": "texts", "step": "whole numbers", "diverged": "truth values"}
+    is_kind = {"texts": _is_text, "whole numbers": pa.types.is_integer, "truth values": pa.types.is_boolean}
+    for name, kind in wanted.items():
+        if name not in table.column_names:
+            continue  # named elsewhere
+        column = table[name]
+        if not is_kind[kind](column.type) or column.null_count:
+            nulls = f", {column.null_count} of them missing" if column.null_count else ""
+            return f"column {name} holds {column.type}{nulls}; legal are {kind}"
+    if "step" in table.column_names and len(table) and int(table["step"].to_numpy().min()) < 0:
+        return "column step goes below 0"
+    if {"run", "step"} <= set(table.column_names):
+        pairs = table.select(["run", "step"]).group_by(["run", "step"]).aggregate([])
+        if len(pairs) != len(table):
+            return f"{len(table) - len(pairs)} of its checkpoints have the run and the step of another one"
+    return None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(inner) or pa.types.is_large_string(inner)
 
 
 def alike(tables: list[pa.Table]) -> list[pa.Table]:

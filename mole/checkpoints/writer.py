@@ -15,7 +15,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mole.checkpoints.format import (
@@ -30,7 +30,8 @@ from mole.checkpoints.format import (
     write_seal,
 )
 from mole.errors import CorruptFileError, MoleError
-from mole.files import file_digest, locked, read_sealed, replacing, write_json_once
+from mole.files import LockedError, file_digest, locked, read_sealed, replacing, sweep, write_json_once
+from mole.reading.tables import read_parquet
 from mole.representations import WeightSpec
 
 Columns = Mapping[str, Sequence[Any] | Tensor]
@@ -42,7 +43,7 @@ class ZooWriter:
 
     Args:
         folder: of the zoo, which is created if there is none.
-        header: of the zoo; an existing one must have the same.
+        header: of the zoo; an existing one must have the same metric and dtype, and that of a harvest the same recipe.
         name: of this writer; the names of its shards begin with it.
 
     Raises:
@@ -59,15 +60,31 @@ class ZooWriter:
         self.folder, self.header, self.name = Path(folder), header, name
         self.lock = locked(self.folder / "shards" / f".{name}.lock", f"another process writes there as {name!r}")
         self.lock.__enter__()
+        sweep(self.folder)
         try:
-            if not write_json_once(self.folder / "zoo.json", header.to_json()) and read_header(self.folder) != header:
-                raise MoleError(
-                    f"{self.folder}: a zoo of another recipe, metric or dtype is here; choose another folder"
-                )
+            if not write_json_once(self.folder / "zoo.json", header.to_json()):
+                self.header = self._joined(read_header(self.folder), header)
         except BaseException:
             self.close()
             raise
         self.known = set(read_layouts(self.folder))
+
+    def _joined(self, there: Header, mine: Header) -> Header:
+        """The header of the zoo that is there; callbacks and imports may fill one zoo together, a harvest is alone.
+
+        Raises:
+            MoleError: naming what differs.
+        """
+        both = (("metric", there.metric, mine.metric), ("dtype", there.dtype, mine.dtype))
+        told = [f"{name} {one} there, {other} here" for name, one, other in both if one != other]
+        if there.recipe != mine.recipe and ("task" in there.recipe or "task" in mine.recipe):
+            told.append("networks of another recipe")
+        if told:
+            raise MoleError(
+                f"{self.folder}: a zoo of another recipe, metric or dtype is here ({'; '.join(told)}); choose another "
+                "folder"
+            )
+        return there
 
     def __enter__(self) -> Self:
         return self
@@ -158,7 +175,7 @@ class ZooWriter:
         files = self.files(shard)
         files.index.unlink(missing_ok=True)
         with replacing(files.weights) as temporary:
-            save_file(tensors, temporary, metadata={"layout": layout})
+            temporary.write_bytes(save(tensors, metadata={"layout": layout}))  # whose errors are the system's own
         digest = file_digest(files.weights)
         index = _parquet(
             {"diverged": [False] * count, **columns, "layout": [layout] * count, "digest": [digest] * count}
@@ -182,8 +199,22 @@ class ZooWriter:
             path.unlink(missing_ok=True)
 
 
+def first_free(folder: str | Path, header: Header, name: str) -> ZooWriter:
+    """A writer under this name, or under it and a number where another process writes already.
+
+    Raises:
+        MoleError: the folder holds another zoo.
+    """
+    number = 1
+    while True:
+        try:
+            return ZooWriter(folder, header, name if number == 1 else f"{name}{number}")
+        except LockedError:
+            number += 1
+
+
 def _runs(files: ShardFiles) -> list[str]:
-    return sorted(set(pq.read_table(files.index, columns=["run"])["run"].to_pylist()))
+    return sorted(set(read_parquet(files.index, ["run"])["run"].to_pylist()))
 
 
 DICTIONARIES = ("run", "layout", "digest")

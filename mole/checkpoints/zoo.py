@@ -3,11 +3,12 @@
 Dimensions: R runs, n checkpoints, P parameters.
 """
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +22,9 @@ from mole.files import value_digest
 from mole.representations import WeightSpec, differences, weights_digest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """One kept state of one run."""
+    """One kept state of one run; two are equal if run, step and weights are."""
 
     run: str
     step: int
@@ -34,6 +35,14 @@ class Checkpoint:
     spec: WeightSpec
     table: Tensor | None = None
     """(Q,) int64, whole numbers."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Checkpoint):
+            return False
+        return (self.run, self.step) == (other.run, other.step) and torch.equal(self.weights, other.weights)
+
+    def __hash__(self) -> int:
+        return hash((self.run, self.step))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights under the names of the network's own tensors."""
@@ -153,7 +162,7 @@ class Zoo:
     @cached_property
     def loss(self) -> Tensor:
         """(n,) float32: the conditioning metric of every checkpoint; NaN where it is not known."""
-        if self.metric not in self.index.column_names:
+        if self.metric not in self.index.column_names or not _is_number(self.index[self.metric].type):
             return torch.full((len(self),), torch.nan)
         return torch.from_numpy(self.column(self.metric).astype(np.float32))
 
@@ -177,7 +186,14 @@ class Zoo:
         _ = self.spec
         return self.source.read(self.rows[torch.as_tensor(which)])
 
-    def __getitem__(self, place: int) -> Checkpoint:
+    @overload
+    def __getitem__(self, place: int) -> Checkpoint: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Zoo": ...
+    def __getitem__(self, place: int | slice) -> "Checkpoint | Zoo":
+        if isinstance(place, slice):
+            return self._part(np.arange(len(self))[place], f"checkpoints {place.start} to {place.stop}")
+        place = operator.index(place)
         if not -len(self) <= place < len(self):
             raise IndexError(f"checkpoint {place} of {len(self)}")
         place %= len(self)
@@ -231,8 +247,20 @@ class Zoo:
         diverged = np.logical_or.reduceat(self.column("diverged").astype(bool), bounds[:-1])  # one row tells of a run
         good = ~np.repeat(diverged, np.diff(bounds)) & np.isfinite(self.loss.numpy())
         if not good.any():
-            raise MoleError(f"{self.name}: every run diverged, or has no {self.metric}; lower task.learning_rate")
+            raise MoleError(f"{self.name}: {self._nothing_finished(diverged)}")
         return self if good.all() else self._part(np.flatnonzero(good), f"diverged, {self.metric}")
+
+    def _nothing_finished(self, diverged: np.ndarray) -> str:
+        """Why no checkpoint of any run can be learned from."""
+        if diverged.all():
+            return "every run diverged; lower task.learning_rate"
+        if self.metric not in self.index.column_names or not np.isfinite(self.loss.numpy()).any():
+            metrics = [name for name in self.columns if name not in ("seed", "source", "content")]
+            return (
+                f"no checkpoint has a number for the metric {self.metric!r}, which generators are conditioned on; "
+                f"its columns are {', '.join(metrics) or 'none'}: choose another metric when harvesting or importing"
+            )
+        return f"every run that has the metric {self.metric!r} diverged; lower task.learning_rate"
 
     def of_runs(self, runs: slice) -> "Zoo":
         """The runs at these places, in their order."""
@@ -254,6 +282,26 @@ class Zoo:
         zoo._build(self.name, self.header, self.layouts, self.index.take(pa.array(places)), self.source, rows)
         return zoo
 
+    def faults(self) -> list[str]:
+        """What makes no sense in the zoo as a whole, a line each; every weight is read."""
+        told = []
+        pairs = self.index.select(["run", "step"]).group_by(["run", "step"]).aggregate([])
+        if len(pairs) != len(self):
+            told.append(f"{self.name}: {len(self) - len(pairs)} checkpoints have the run and the step of another one")
+        if self.metric in self.index.column_names and not _is_number(self.index[self.metric].type):
+            told.append(
+                f"{self.name}: the metric {self.metric} holds {self.index[self.metric].type}; legal are numbers"
+            )
+        odd = sum(int((~self.source.read(rows).isfinite().all(1)).sum()) for spec_rows in self._rows_by_layout()
+                  for rows in spec_rows.split(4096))  # fmt: skip
+        if odd:
+            told.append(f"{self.name}: {odd} checkpoints have NaN or infinite weights")
+        return told
+
+    def _rows_by_layout(self) -> list[Tensor]:
+        layouts = np.asarray(self.index["layout"].to_pylist())
+        return [self.rows[torch.from_numpy(np.flatnonzero(layouts == layout))] for layout in self.layouts]
+
     def __repr__(self) -> str:
         sizes = " or ".join(sorted({f"{spec.size:,}" for spec in self.layouts.values()}))
         known = self.loss[self.loss.isfinite()]
@@ -262,6 +310,10 @@ class Zoo:
             f"Zoo({self.name}: {self.runs:,} runs, {len(self):,} checkpoints of {sizes} parameters, "
             f"{self.header.dtype}, {self.metric} {losses}; columns {', '.join(self.columns)})"
         )
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)
 
 
 def _codes(index: pa.Table, name: str) -> np.ndarray:

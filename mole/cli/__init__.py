@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from mole.cli.commands import COMMANDS, run_command
 from mole.cli.job import parse, run_job
 from mole.errors import ConfigError, MoleError, StoppedError
-from mole.terminal import printable, steady_streams
+from mole.reporting import printable
+from mole.terminal import steady_streams
 
 __all__ = ["main", "parse"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from mole.cli.rank import add_parser, run_rank
-from mole.errors import ConfigError
-from mole.terminal import printable
+from mole.errors import ConfigError, MoleError
+from mole.reporting import printable
 
 COMMANDS = ("zoo", "import", "rank")
 
@@ -58,10 +58,15 @@ def _show(path: Path) -> int:
 
 
 def _verify(path: Path) -> int:
-    from mole.checkpoints import verify
+    from mole.checkpoints import Zoo, verify
     from mole.checkpoints.format import shards
 
     faults = verify(path)
+    if not faults and shards(path):
+        try:
+            faults = Zoo(path).faults()
+        except MoleError as error:
+            faults = [str(error)]
     for fault in faults:
         print(printable(fault))
     print(

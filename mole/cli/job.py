@@ -17,9 +17,9 @@ from mole import stages as staging
 from mole.config import Config, keys, load, shipped, to_yaml
 from mole.errors import ConfigError
 from mole.files import LockedError, locked, sweep, value_digest
+from mole.reporting import printable
 from mole.signals import handling, stop
 from mole.stages import STAGES, RunFolder, StageName
-from mole.terminal import printable
 
 BEGAN = time.perf_counter()
 DEFAULT_CONFIG = Path("configs") / "digits.yaml"

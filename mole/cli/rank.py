@@ -1,6 +1,7 @@
 """`mole rank`: order networks by how well they would serve data."""
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def run_rank(options: argparse.Namespace) -> int:
     from mole.rank import leaderboard
     from mole.rank.repository import candidates, named
     from mole.rank.tables import save, terminal
+    from mole.reporting import printable
     from mole.terminal import reporter
 
     factory = named(options.factory) if options.factory else None
@@ -62,10 +64,10 @@ def run_rank(options: argparse.Namespace) -> int:
     reasons = {row.reason for row in board.rows}
     if len(reasons) == 1 and "" not in reasons and len(board.rows) > 1:
         raise MoleError(f"all {len(board.rows)} networks: {reasons.pop()}")
-    console = Console()
-    console.print(terminal(board, width=console.width))
     for path in save(board, options.out) if options.out else []:
-        print(path)
+        print(printable(str(path)))
+    console = Console(file=sys.stdout)
+    console.print(terminal(board, width=console.width))
     return 0 if any(row.scores for row in board.rows) else 1
 
 
@@ -112,18 +114,17 @@ def _from_task(options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _from_file(path: Path) -> tuple[Any, Any]:
-    import zipfile
-
     import numpy as np
     import torch
 
+    from mole.errors import CorruptFileError
+    from mole.reading.tensors import read_npz
+
     legal = "legal is an .npz of numbers `inputs` (n, ...) and, if there are some, whole `labels` (n,)"
     try:
-        found = np.load(path, allow_pickle=False)
-        arrays = {name: found[name] for name in ("inputs", "labels") if name in found}
-    except (OSError, ValueError, EOFError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
-        told = "no .npz, or of objects" if "allow_pickle" in str(error) else str(error)
-        raise ConfigError([f"command line: --data {path}: {told}; {legal}"]) from None
+        arrays = read_npz(path, ("inputs", "labels"))
+    except (OSError, CorruptFileError) as error:
+        raise ConfigError([f"command line: --data {error}; {legal}"]) from None
     inputs, labels = arrays.get("inputs"), arrays.get("labels")
     if inputs is None or inputs.ndim < 1 or inputs.dtype.kind not in "fiub":
         what = "no inputs" if inputs is None else f"inputs {inputs.shape} {inputs.dtype}"

@@ -1,7 +1,6 @@
 """YAML files layered left to right, then command-line overrides; every mistake at once."""
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,15 @@ from pydantic import ValidationError
 
 from mole.config.mistakes import explain, show
 from mole.config.sections import Config
-from mole.errors import ConfigError
+from mole.errors import ConfigError, CorruptFileError
+from mole.reading.text import read_text
+from mole.reading.yaml_text import parse_yaml
 
 PACKAGE = Path(__file__).resolve().parent.parent
 SHIPPED = (PACKAGE / "configs", PACKAGE.parent / "configs")
 """Where configurations lie: in an installed package, in a checkout."""
+MOST_BYTES = 2**20
+"""Of a configuration file."""
 
 
 def load(paths: Sequence[Path], overrides: Sequence[tuple[str, str]] = ()) -> Config:
@@ -59,28 +62,9 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and reads `1e-3` as the number it looks like."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                mark = node.value[index][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
 def _read(path: Path, mistakes: list[str]) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+        content = parse_yaml(read_text(path, MOST_BYTES))
     except FileNotFoundError:
         near = [path.parent / name for name in difflib.get_close_matches(
             path.name, [p.name for p in path.parent.glob("*.yaml")], 1)]  # fmt: skip
@@ -91,8 +75,11 @@ def _read(path: Path, mistakes: list[str]) -> dict[str, Any]:
     except OSError as error:
         mistakes.append(f"{path}: cannot be read ({error.strerror})")
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError, TypeError) as error:
-        mistakes.append(f"{path}: not valid YAML ({' '.join(str(error).split())})")
+    except CorruptFileError as error:
+        mistakes.append(str(error).replace(": not UTF-8", ": not valid YAML, not UTF-8"))
+        return {}
+    except ValueError as error:
+        mistakes.append(f"{path}: not valid YAML ({str(error)[:300]})")
         return {}
     if content is None:
         return {}
@@ -104,9 +91,9 @@ def _read(path: Path, mistakes: list[str]) -> dict[str, Any]:
 
 def _parse_value(key: str, text: str, mistakes: list[str]) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        mistakes.append(f"command line: {key}: {text!r} is not a value ({' '.join(str(error).split())})")
+        return parse_yaml(text)
+    except ValueError as error:
+        mistakes.append(f"command line: {key}: {text[:100]!r} is not a value ({str(error)[:300]})")
         return None
 
 

@@ -150,7 +150,7 @@ class HarvestConfig(Section):
     mode: Literal["disk", "stream"] = "disk"
     """`stream` trains the generator on populations while they train; no zoo is written."""
     backend: Literal["local", "ray"] = "local"
-    """Where populations train: in this process, or on every machine of a Ray cluster (`pip install mole[ray]`)."""
+    """Where populations train: in this process, or on every machine of a Ray cluster (`pip install ray`)."""
     runs: Annotated[int, Field(ge=2, le=2**19)] = 2048
     """Networks whose histories train the generator; while streaming, those that it is judged against."""
     heldout_runs: Annotated[int, Field(ge=1, le=2**19)] = 64

@@ -1,13 +1,16 @@
 """What is written beside a generator's weights: what it is, what it has seen, and the page that says so."""
 
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from mole.config import GeneratorConfig, TaskConfig
 from mole.errors import CorruptFileError
 from mole.files import value_digest
+from mole.reading.guard import available_memory, in_bytes
 from mole.reading.text import read_json
 from mole.tasks import Architecture
 
@@ -102,10 +105,7 @@ def read_card(path: Path) -> Card:
         FileNotFoundError: there is none.
         CorruptFileError: it is not what was written, or of another format.
     """
-    try:
-        values = read_json(path)
-    except RecursionError:
-        raise CorruptFileError(f"{path}: nested too deeply to be a card") from None
+    values = read_json(path)
     found = values.get("format") if isinstance(values, dict) else None
     if isinstance(found, int) and found != FORMAT:
         todo = "update MOLE" if found > FORMAT else "train again"
@@ -119,3 +119,32 @@ def read_card(path: Path) -> Card:
     if seal != card.digest:
         raise CorruptFileError(f"{path}: altered after it was written; train again or copy it anew")
     return card
+
+
+BYTES_PER_PARAMETER = 512
+"""Of a network that is built, traced and proved when its generator is loaded, at most."""
+
+
+def check_size(card: Card, header: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a card that asks for more than the file beside it holds, before anything is built by it.
+
+    Raises:
+        CorruptFileError: naming the key.
+    """
+    shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+    numbers, config = sum(prod(shape) for shape in shapes), card.denoiser
+    limits = {"layers": len(shapes), "width": numbers, "heads": numbers, "mlp_ratio": numbers}
+    if config.view in ("chunks", "latent"):
+        limits |= {"chunk": numbers, "latent": numbers}
+    for key, most in limits.items():
+        if getattr(config, key) > most:
+            raise CorruptFileError(
+                f"{folder}: the card's {key} is {getattr(config, key):,}, but model.safetensors holds {len(shapes):,} "
+                f"tensors of {numbers:,} numbers; train again or copy it anew"
+            )
+    needed = BYTES_PER_PARAMETER * sum(architecture.parameters for architecture in card.architectures)
+    if needed > (free := available_memory() // 2):
+        raise CorruptFileError(
+            f"{folder}: the networks of its card need about {in_bytes(needed)} of memory, and {in_bytes(free)} can be "
+            "used; run on a larger machine, if the card is to be trusted"
+        )

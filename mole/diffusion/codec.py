@@ -23,6 +23,10 @@ LOUDEST = 3.0
 generator has seen such a start, and what training makes of starts hardly depends on their scale."""
 
 
+LEAST_VARIANCE = 0.01
+"""Of a generated running variance, in standard deviations of those of the training networks."""
+
+
 class Codec(nn.Module):
     """Maps flat weights to normalised codes and back.
 
@@ -49,6 +53,8 @@ class Codec(nn.Module):
             raise MoleError(f"this generator has seen no {', '.join(unknown)}; it knows {', '.join(stds)}")
         scales = EntryScale.of(spec, [stds[word(entry)] for entry in spec.entries])
         self.register_buffer("scale", scales.scale, persistent=False)
+        self.variances = [slice(e.offset, e.stop) for e in spec.entries if e.role == "norm.running_var"]
+        """Where running variances lie."""
         self._others: dict[str, Codec] = {}
         self.register_buffer("reference", reference)
         self.autoencoder = Autoencoder(spec.size, config.latent) if config.view == "latent" else None
@@ -115,8 +121,17 @@ class Codec(nn.Module):
         return normal if self.autoencoder is None else self.autoencoder.encode(normal)
 
     def restore(self, code: Tensor) -> Tensor:
-        """Weights (N, P) of codes (N, Z); exact up to rounding without an autoencoder."""
-        return (code if self.autoencoder is None else self.autoencoder.decode(code)) * self.scale
+        """Weights (N, P) of codes (N, Z); exact up to rounding without an autoencoder.
+
+        A running variance of a norm is never negative, nor much smaller than any: its network would compute NaN.
+        """
+        flat = (code if self.autoencoder is None else self.autoencoder.decode(code)) * self.scale
+        if not self.variances:
+            return flat
+        floor = torch.full_like(self.scale, -torch.inf)
+        for own in self.variances:
+            floor[own] = LEAST_VARIANCE * self.scale[own]
+        return torch.maximum(flat, floor)
 
     def fit(self, draw: Callable[[torch.Generator], Tensor], seed: int) -> None:
         """Train the autoencoder, if there is one, on batches (N, P) of plain weights that `draw` gives."""

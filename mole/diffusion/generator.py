@@ -15,12 +15,11 @@ from typing import Any, NamedTuple, Self
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from mole.devices import usable_device
-from mole.diffusion.card import Card, read_card
+from mole.diffusion.card import Card, check_size, read_card
 from mole.diffusion.codec import Codec
 from mole.diffusion.conditions import Conditions
 from mole.diffusion.denoiser import Networks
@@ -41,6 +40,8 @@ from mole.diffusion.request import (
 from mole.diffusion.samples import Samples
 from mole.errors import CorruptFileError, GenerationWarning, MoleError
 from mole.files import file_digest, replacing, write_json, write_text
+from mole.reading.guard import check_file, check_promise
+from mole.reading.tensors import read_safetensors, safetensors_header
 from mole.representations import WeightSpec, weights_digest
 from mole.representations.handling import Elements
 from mole.revision import revision
@@ -260,7 +261,9 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         folder = Path(folder)
         with replacing(folder / "model.safetensors") as temporary:
             parts = {"denoiser": self.denoiser, "codec": self.codec}
-            save_file({f"{n}.{k}": t for n, part in parts.items() for k, t in part.state_dict().items()}, temporary)
+            temporary.write_bytes(
+                save({f"{n}.{k}": t for n, part in parts.items() for k, t in part.state_dict().items()})
+            )
         card = self.card.model_copy(update={"weights": file_digest(folder / "model.safetensors")}).sealed()
         write_text(folder / "README.md", card.page())
         write_json(folder / "config.json", card.model_dump(mode="json"))
@@ -278,6 +281,7 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         folder = folder / "generator" if (folder / "generator").is_dir() else folder
         try:
             card = read_card(folder / "config.json")
+            check_promise(folder / "model.safetensors", check_file(folder / "model.safetensors"))
             found = file_digest(folder / "model.safetensors")
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise MoleError(
@@ -286,8 +290,11 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
             ) from None
         if found != card.weights:
             raise CorruptFileError(f"{folder}/model.safetensors: truncated or altered; train again or copy it anew")
+        check_size(card, safetensors_header(folder / "model.safetensors"), folder)
         try:
-            tensors = load_file(folder / "model.safetensors")
+            tensors = read_safetensors(folder / "model.safetensors")
+            if odd := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+                raise MoleError(f"{len(odd)} tensors hold NaN or infinity, {odd[0]} first: its training diverged")
             specs = [WeightSpec.of(architecture.build(seed=0)) for architecture in card.architectures]
             codec = Codec(specs[0], card.denoiser, card.scales, tensors.get("codec.reference"))
             views = [codec.of(spec).view for spec in specs]
@@ -299,7 +306,7 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
             for name, part in (("denoiser", denoiser), ("codec", codec)):
                 mine = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
                 part.load_state_dict(mine)
-        except (SafetensorError, RuntimeError, KeyError, TypeError, IndexError, MoleError) as error:
+        except (RuntimeError, KeyError, TypeError, ValueError, IndexError, MemoryError, MoleError) as error:
             raise CorruptFileError(f"{folder}: weights and configuration do not fit ({error})") from None
         return cls(denoiser.to(place).eval(), codec.to(place).eval(), card, place)
 

@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
+from mole.errors import check_choice
 from mole.seeding import stream
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -30,6 +31,7 @@ class Drawn(NamedTuple):
 def noise_schedule(kind: str = "cosine") -> Schedule:
     """`cosine`: its last level is pure noise, so that one evaluation is trained for (Lin et al. 2023).
     `linear`: that of Ho et al. 2020, which G.pt has."""
+    check_choice("process", kind, ("cosine", "linear"))
     if kind == "linear":
         return DDPMScheduler(
             num_train_timesteps=1000, beta_schedule="linear", prediction_type="sample", clip_sample=False,

@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from mole.errors import MoleError
 from mole.files import replacing
-from mole.representations import WeightSpec
+from mole.representations import WeightSpec, weights_digest
 from mole.tasks import Architecture
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
-    """One generated network."""
+    """One generated network; two are equal if their weights are."""
 
     flat: Tensor
     """(P,) float32."""
@@ -24,6 +26,12 @@ class Sample:
     architecture: Architecture
     provenance: dict[str, Any]
     """Generator, zoo, prompt, start, seed and versions."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sample) and self.spec == other.spec and torch.equal(self.flat, other.flat)
+
+    def __hash__(self) -> int:
+        return hash(weights_digest(self.flat))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights under the names that the plain network uses."""
@@ -36,14 +44,20 @@ class Sample:
         return network
 
     def save(self, path: str | Path) -> None:
-        """Write a plain safetensors file; the digests of its origin stand in the file's metadata."""
+        """Write a plain safetensors file; the digests of its origin stand in the file's metadata.
+
+        Raises:
+            MoleError: the name does not end in `.safetensors`.
+        """
+        if Path(path).suffix != ".safetensors":
+            raise MoleError(f"{path}: the file is safetensors; legal is a name that ends in .safetensors")
         origin = {key: self.provenance[key] for key in ("generator", "zoo", "weights")}
         metadata = {"mole": json.dumps(origin)}  # one key: the format does not keep the order of several
         with replacing(Path(path)) as temporary:
-            save_file(self.state_dict(), temporary, metadata=metadata)
+            temporary.write_bytes(save(self.state_dict(), metadata=metadata))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Samples(Sequence[Sample]):
     """Generated networks, drawn together.
 
@@ -59,6 +73,12 @@ class Samples(Sequence[Sample]):
     provenance: list[dict[str, Any]]
     network_evaluations: int
     """Calls of the generator per network."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Samples) and self.spec == other.spec and torch.equal(self.flat, other.flat)
+
+    def __hash__(self) -> int:
+        return hash(weights_digest(self.flat))
 
     def __len__(self) -> int:
         return len(self.flat)

@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mole.errors import CorruptFileError, MoleError
@@ -16,6 +14,7 @@ from mole.evaluation.parts import without_nan
 from mole.files import write_text
 from mole.pipeline.current import Run
 from mole.rank import REGISTRY, Candidate, kendall_tau, leaderboard, regret
+from mole.reading.tensors import read_safetensors
 from mole.reporting import Advance
 from mole.stages import Work, read_marker
 from mole.tasks import Classification, Task
@@ -101,8 +100,8 @@ def _module(task: Task, state: dict[str, torch.Tensor]) -> nn.Module:
 
 def _load_sample(task: Task, path: Path) -> dict[str, torch.Tensor]:
     try:
-        state = load_file(path)
+        state = read_safetensors(path)
         task.spec.check(state)
-    except (SafetensorError, MoleError) as error:
+    except (OSError, MoleError) as error:
         raise CorruptFileError(f"{path}: {error}; run the sample stage again") from None
     return state

@@ -12,6 +12,8 @@ from typing import Any
 
 from mole.errors import CorruptFileError
 from mole.files import value_digest
+from mole.reading.guard import TEXT_BYTES, check_file
+from mole.reading.text import parse_json
 
 
 class Ledger:
@@ -31,13 +33,14 @@ class Ledger:
         self._known = {record["id"] for record in self.records}
 
     def _read(self) -> None:
+        check_file(self.path, TEXT_BYTES)
         whole, cut, rest = self.path.read_bytes().rpartition(b"\n")
         if rest:  # the last line has no end: the process died while writing it
             with self.path.open("rb+") as file:
                 file.truncate(len(whole) + len(cut))
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 identity = record.pop("id")
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise CorruptFileError(

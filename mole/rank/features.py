@@ -4,7 +4,7 @@ Dimensions: n examples, D features, C outputs.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ class Seen:
     features: dict[str, Tensor]
     """(n, D) float32 on the CPU, by layer."""
     outputs: Tensor
-    """(n, C) float32 on the CPU."""
+    """(n, C) float32 on the CPU; no columns where a network returns several tensors, none of them named logits."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ def see(
     """Run a network over the data and keep the outputs of some layers, flattened.
 
     Args:
-        network: any module; it is left on `device`, in evaluation mode while it runs.
+        network: any module; every part of it is left in the mode and on the device that it came with.
         batches: inputs (b, ...) in parts.
         layers: names as in `named_modules`, places among the layers that compute (negative ones from the end), or
             `"last hidden"`.
@@ -65,16 +65,17 @@ def see(
             example, or NaN; or the network does not take the data (both shapes are given).
     """
     caught: dict[str, _Catch] = {}
-    hooks: list[Any] = []
     outputs: list[Tensor] = []
-    was = network.training
+    modes, home = {module: module.training for module in network.modules()}, _device(network)
+    final = _Final(network)
+    hooks: list[Any] = [*final.hooks]
     try:
         for layer in layers:
             caught[str(layer)] = catch = _Catch(last=layer == LAST_HIDDEN)
             hooks += _hooks(network, layer, catch, widest)
         network.eval().to(device)
         for batch in batches:
-            outputs.append(_run(network, batch.to(device)))
+            outputs.append(_run(network, batch.to(device), final))
             for layer, catch in caught.items():
                 if catch.now is not None and len(catch.now) == len(batch):
                     catch.parts.append(catch.now)
@@ -87,7 +88,10 @@ def see(
     finally:
         for hook in hooks:
             hook.remove()
-        network.train(was)
+        for module, was in modes.items():
+            module.training = was
+        if home is not None:
+            network.to(home)
     found = torch.cat(outputs)
     whole = {layer: torch.cat(catch.parts) for layer, catch in caught.items() if catch.parts}
     seen = Seen({layer: x for layer, x in whole.items() if len(x) == len(found)}, found)
@@ -97,10 +101,33 @@ def see(
     return seen
 
 
-def _run(network: nn.Module, batch: Tensor) -> Tensor:
+def _device(network: nn.Module) -> torch.device | None:
+    """Where a network lies; None if it has no tensors, or several places."""
+    places = {tensor.device for tensor in (*network.parameters(), *network.buffers())}
+    return places.pop() if len(places) == 1 else None
+
+
+class _Final:
+    """What the layer with weights gave that ran last: among several outputs of a network, these are its answers."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.output: Any = None
+        weighted = [module for module in network.modules() if isinstance(module, WEIGHTED)]
+        self.hooks = [module.register_forward_hook(self._see) for module in weighted]
+        floats = [tensor.dtype for tensor in network.parameters() if tensor.is_floating_point()]
+        self.dtype = floats[0] if floats else None
+        """Of the network's weights."""
+
+    def _see(self, _: nn.Module, inputs: Any, output: Any) -> None:
+        self.output = output
+
+
+def _run(network: nn.Module, batch: Tensor, final: _Final) -> Tensor:
     """Outputs (b, C) on the CPU."""
+    if final.dtype is not None and batch.is_floating_point():
+        batch = batch.to(final.dtype)
     try:
-        found = tensor_of(network(batch))
+        found = tensor_of(network(batch), final.output)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         kind, shape = type(network).__name__, tuple(batch.shape)
         raise MoleError(f"{kind} does not take {shape}: {str(error).splitlines()[0]}") from None
@@ -109,21 +136,33 @@ def _run(network: nn.Module, batch: Tensor) -> Tensor:
     return found.flatten(1).float().cpu() if found.ndim > 1 else found[:, None].float().cpu()
 
 
-def tensor_of(found: Any) -> Tensor:
-    """The tensor in what a module returned: itself, `logits` or the first tensor of several.
+def tensor_of(found: Any, final: Any = None) -> Tensor:
+    """The tensor in what a module returned: itself, `logits`, or of several the one that its last layer gave.
+
+    Args:
+        found: what was returned.
+        final: what the layer with weights gave that ran last, where it is a network's answer that is wanted.
+
+    Returns:
+        The tensor; of several among which the answer is not to be told, one without columns.
 
     Raises:
         MoleError: there is none.
     """
     if isinstance(found, Tensor):
         return found
-    if isinstance(logits := getattr(found, "logits", None), Tensor):
+    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
+    if isinstance(logits, Tensor):
         return logits
-    values = list(found.values()) if isinstance(found, dict) else found if isinstance(found, list | tuple) else []
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-    raise MoleError(f"a network returned {type(found).__name__}; legal is a tensor, or several of which one is first")
+    values = found.values() if isinstance(found, Mapping) else found if isinstance(found, list | tuple) else ()
+    tensors = [value for value in values if isinstance(value, Tensor) and value.ndim > 0]
+    if len(tensors) > 1 and isinstance(final, Tensor):
+        tensors = [value for value in tensors if value is final] or tensors
+    if len(tensors) > 1 and final is not None:
+        return tensors[0].new_empty(len(tensors[0]), 0)
+    if tensors:
+        return tensors[0]
+    raise MoleError(f"a network returned {type(found).__name__}; legal is a tensor, or several with one named logits")
 
 
 def layer_names(network: nn.Module) -> list[str]:

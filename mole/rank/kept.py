@@ -2,13 +2,22 @@
 
 import hashlib
 import json
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mole.files import is_sealed, sealed
+from mole.reading.guard import is_regular
+from mole.reading.text import json_lines
+
+logger = logging.getLogger("mole")
 
 
 @dataclass(frozen=True)
@@ -38,14 +47,26 @@ class Finished:
     def __init__(self, path: Path | None, settings: str) -> None:
         self.path, self.rows = path, dict[tuple[str, str], Row]()
         self.settings = hashlib.sha256(settings.encode()).hexdigest()
-        for line in _lines(path):
-            try:
-                values = json.loads(line)
-                if values.pop("settings") == self.settings:
-                    row = Row(**values)
-                    self.rows[row.name, row.digest] = row
-            except (ValueError, TypeError, KeyError, AttributeError):
-                continue  # cut off when the last ranking was killed, or not ours
+        for row in self._sound() if path is not None and is_regular(path) else ():
+            self.rows[row.name, row.digest] = row
+
+    def _sound(self) -> Iterator[Row]:
+        """Rows of these settings that are as they were written; others are scored again."""
+        assert self.path is not None
+        altered = 0
+        for _, values in json_lines(self.path):
+            if values is None:
+                continue  # cut off when the last ranking was killed
+            if not is_sealed(values, {"settings"}):
+                altered += 1
+            elif values.pop("settings") == self.settings:
+                del values["seal"]
+                with suppress(TypeError):
+                    yield Row(**values)
+        if altered:
+            logger.warning(
+                "%s: %d rows are not as they were written; these networks are scored again", self.path, altered
+            )
 
     def row(self, name: str, digest: str) -> Row | None:
         """What an earlier session found of this network."""
@@ -58,13 +79,9 @@ class Finished:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         torn = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
         with self.path.open("a") as file:
-            file.write("\n" * torn + json.dumps({**asdict(row), "settings": self.settings}) + "\n")
+            file.write("\n" * torn + json.dumps(sealed({**asdict(row), "settings": self.settings})) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-def _lines(path: Path | None) -> list[str]:
-    return path.read_text(errors="replace").splitlines() if path is not None and path.is_file() else []
 
 
 def network_digest(network: nn.Module) -> str:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from mole.devices import usable_device
-from mole.errors import MoleError
+from mole.errors import MoleError, check_choice
 from mole.rank.agreement import mean_rank, with_the_others
 from mole.rank.features import LAST_HIDDEN, see
 from mole.rank.kept import Finished, Row, data_digest, network_digest
-from mole.rank.request import Candidate, Data, check_request, evidence_of, listed
+from mole.rank.request import Candidate, Data, as_data, check_request, evidence_of, listed
 from mole.rank.scorers import Scorer
 from mole.rank.scorers.protocol import AGREEMENT, ENSEMBLE
 from mole.rank.scoring import halves, resampled, scored
@@ -141,9 +141,11 @@ def leaderboard(
         MoleError: there are no networks, a scorer is not known, labels do not fit the inputs, there is no such device,
             or, where that is asked for, a layer is lacking.
     """
+    data = as_data(data)
     chosen, candidates, device = check_request(scorers, data), listed(networks), usable_device(device)
-    if lacking not in ("row", "error") or bootstrap < 0:
-        raise MoleError(f"lacking is {lacking!r}, bootstrap {bootstrap}; legal is row or error, and 0 or more")
+    check_choice("lacking", lacking, ("row", "error"))
+    if isinstance(bootstrap, bool) or not isinstance(bootstrap, int) or bootstrap < 0:
+        raise MoleError(f"bootstrap is {bootstrap!r}; legal is a whole number of at least 0")
     agreement = scorers is not None and AGREEMENT in scorers
     settings = json.dumps([[s.name for s in chosen], agreement, str(layer), bootstrap, seed, data_digest(data)])
     finished, rows, parts = Finished(kept, settings), list[Row](), halves(data, bootstrap, seed)

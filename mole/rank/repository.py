@@ -1,22 +1,24 @@
 """Networks as people have them: a zoo, the samples of a run, a folder of files, or a library's models."""
 
 import importlib
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from mole.checkpoints import Zoo
 from mole.checkpoints.layouts import variants
 from mole.config import TaskConfig
 from mole.errors import CorruptFileError, MoleError
+from mole.files import value_digest
 from mole.rank.request import Candidate
+from mole.reading.tensors import read_safetensors
+from mole.reading.text import json_lines
+from mole.representations import weights_digest
 from mole.tasks import Architecture, load_task
 
 Factory = Callable[[], nn.Module]
@@ -40,7 +42,7 @@ def candidates(path: str | Path, *, factory: Factory | None = None) -> list[Cand
     folder = Path(path)
     if (folder / "zoo.json").is_file() or (folder / "zoo" / "zoo.json").is_file():
         return from_zoo(folder if (folder / "zoo.json").is_file() else folder / "zoo", factory)
-    files = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
+    files = sorted(path for path in folder.rglob("*.safetensors") if not path.is_dir()) if folder.is_dir() else []
     if not files:
         raise MoleError(f"{path}: no networks here; legal is a zoo, a folder of .safetensors files, or timm:NAME")
     origin = _origins(folder)
@@ -86,25 +88,32 @@ def _origins(folder: Path) -> dict[str, dict[str, Any]]:
     for root in (folder, folder.parent):
         path = root / "provenance" / "ledger.jsonl"
         if path.is_file():
-            records = [record for line in path.read_text(errors="replace").splitlines() if (record := _record(line))]
+            records = [record for _, record in json_lines(path) if _is_about_a_file(record)]
             return {Path(record["file"]).name: record for record in records}
     return {}
 
 
-def _record(line: str) -> dict[str, Any] | None:
-    """A line of the ledger that is about a network in a file."""
-    try:
-        record = json.loads(line)
-    except ValueError:  # damaged: what it was about is not known
-        return None
-    about = isinstance(record, dict) and record.get("type") == "network" and isinstance(record.get("file"), str)
-    return record if about else None
+def _is_about_a_file(record: Any) -> bool:
+    """Whether a line of the ledger is whole, and about a network in a file."""
+    if not isinstance(record, dict) or record.get("type") != "network" or not isinstance(record.get("file"), str):
+        return False
+    return value_digest({key: value for key, value in record.items() if key != "id"}) == record.get("id")
 
 
 def _of_file(file: Path, folder: Path, origin: dict[str, Any], factory: Factory | None) -> Candidate:
-    name = file.relative_to(folder)
-    known = {key: origin[key] for key in ("generator", "zoo", "prompt") if key in origin}
-    return Candidate(str(name.with_suffix("")), partial(_load, file, origin, factory), {"file": str(file), **known})
+    name, provenance = file.relative_to(folder), {"file": str(file)}
+    if origin and factory is not None and not _is_recorded(file, origin, factory):
+        origin = {}  # another network lies under the name of a recorded one
+    provenance |= {key: origin[key] for key in ("generator", "zoo", "prompt") if key in origin}
+    return Candidate(str(name.with_suffix("")), partial(_load, file, origin, factory), provenance)
+
+
+def _is_recorded(file: Path, origin: dict[str, Any], make: Factory) -> bool:
+    """Whether a file holds the network that the ledger records under its name."""
+    try:
+        return _digest(_built(file, make)) == origin.get("weights")
+    except (OSError, MoleError):
+        return False
 
 
 def _load(file: Path, origin: dict[str, Any], factory: Factory | None) -> nn.Module:
@@ -112,13 +121,30 @@ def _load(file: Path, origin: dict[str, Any], factory: Factory | None) -> nn.Mod
         raise MoleError(f"{file}: the ledger does not say of what network it is; give a factory")
     try:
         make = factory or partial(Architecture.model_validate(origin["architecture"]).build, 0)
-        network = make()
-        network.load_state_dict(load_file(file))
-    except (SafetensorError, KeyError, ValidationError) as error:
-        raise CorruptFileError(f"{file}: {error}") from None
+    except ValidationError as error:
+        raise CorruptFileError(f"{file}: the ledger's architecture is none ({str(error).splitlines()[0]})") from None
+    network = _built(file, make)
+    if origin and _digest(network) != origin.get("weights"):
+        raise CorruptFileError(
+            f"{file}: not the network that the ledger records under this name (its weights differ); to rank it as a "
+            "file of its own, give a factory, --factory module:function"
+        )
+    return network
+
+
+def _built(file: Path, make: Factory) -> nn.Module:
+    network = make()
+    try:
+        network.load_state_dict(read_safetensors(file))
     except RuntimeError as error:
         raise MoleError(f"{file}: {' '.join(str(error).split())[:300]}") from None
     return network
+
+
+def _digest(network: nn.Module) -> str:
+    """Digest of a network's weights, as the ledger records it: every number in order of its state."""
+    state: list[Tensor] = [t for t in network.state_dict().values() if t.is_floating_point()]
+    return weights_digest(torch.cat([tensor.flatten().float() for tensor in state]))
 
 
 def named(text: str) -> Callable[..., Any]:
@@ -149,7 +175,7 @@ def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise MoleError(f"{name} is not installed; pip install mole[models]") from None
+        raise MoleError(f"{name} is not installed; pip install {name}") from None
 
 
 LIBRARIES: dict[str, Callable[[str], nn.Module]] = {"timm": _timm, "transformers": _transformers}

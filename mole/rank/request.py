@@ -102,5 +102,43 @@ def _itself(network: nn.Module) -> nn.Module:
 def evidence_of(features: Tensor, outputs: Tensor, labels: Tensor | None, seed: int) -> Evidence:
     """What scorers are given: labels are classes where they are whole numbers, else targets."""
     if labels is not None and labels.is_floating_point():
-        return Evidence(features, outputs, targets=labels, seed=seed)
-    return Evidence(features, outputs, classes=None if labels is None else labels.long(), seed=seed)
+        return Evidence(features, outputs if outputs.shape[1] else None, targets=labels, seed=seed)
+    return Evidence(features, class_logits(outputs), classes=None if labels is None else labels.long(), seed=seed)
+
+
+def class_logits(outputs: Tensor) -> Tensor | None:
+    """Outputs (n, C) as logits of classes, whatever a network ends with.
+
+    One column is the logit, or the probability, of the second of two classes. Rows of probabilities, of a softmax at
+    the end, become their logarithms, which softmax turns back. None where there are no columns.
+    """
+    if not outputs.shape[1]:
+        return None
+    least, most = float(outputs.min()), float(outputs.max())
+    shares = least >= 0 and most <= 1
+    if outputs.shape[1] == 1:
+        if shares and float(outputs.var(correction=0)) > 0:  # a sigmoid at the end
+            outputs = torch.logit(outputs.double().clamp(1e-12, 1 - 1e-12)).to(outputs.dtype)
+        return torch.cat([torch.zeros_like(outputs), outputs], 1)
+    if shares and torch.allclose(outputs.sum(1), torch.ones(len(outputs), dtype=outputs.dtype), atol=1e-3):
+        return outputs.double().clamp_min(1e-30).log().to(outputs.dtype)
+    return outputs
+
+
+def labels_of(labels: Tensor | None) -> Tensor | None:
+    """Labels as classes where they are truth values, or 0. and 1., as losses of one logit want them; else as they
+    are."""
+    if labels is None or not (labels.is_floating_point() or labels.dtype == torch.bool):
+        return labels
+    return labels.long() if labels.ndim == 1 and bool(((labels == 0) | (labels == 1)).all()) else labels
+
+
+def as_data(data: Any) -> Any:
+    """A pair of inputs and labels as tensors, from tensors, arrays of NumPy or lists; anything else as it is."""
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        return data
+    try:
+        inputs, labels = (None if part is None else torch.as_tensor(part) for part in data)
+    except (TypeError, ValueError, RuntimeError):
+        return data
+    return inputs, labels_of(labels)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mole.errors import MoleError
 from mole.rank.features import layer_names, see
-from mole.rank.request import Data, evidence_of
+from mole.rank.request import Data, as_data, evidence_of
 from mole.rank.scorers import Evidence, Scorer, find_scorers
 
 
@@ -61,6 +61,7 @@ def layer_scores(
     The contrast that Desai et al. look for is that of the last hidden layer with the inputs. Layers whose features do
     not vary, or that cannot be scored, are left out.
     """
+    data = as_data(data)
     (found,) = find_scorers([scorer])
     seen = see(network, data[0].split(batch_size), layer_names(network), skip=True)
     layers = {"input": data[0].flatten(1), **seen.features}

@@ -10,11 +10,13 @@ Dimensions: n points, D features, K classes.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mole.errors import check_choice
 
 Metric = Literal["cosine", "sqeuclidean"]
 Variant = Literal["standard", "centroid"]
@@ -27,14 +29,15 @@ def silhouette(features: Tensor, labels: Tensor, *, metric: Metric = "cosine", v
     one. A zero vector is at cosine distance 1 from everything, itself excepted.
 
     Args:
-        features: (n, D), finite.
-        labels: (n,) int64, at least two different ones.
+        features: (n, D), finite; a tensor, or an array of NumPy.
+        labels: (n,) whole numbers, at least two different ones.
         metric: cosine, or squared Euclidean, distance.
         variant: `standard`, the mean distance to the members of a class; `centroid`, as the text of Desai et al. has
             it: distance to the centroids of the other classes (their tables were made with the standard one).
 
     Raises:
         ValueError: a feature is NaN or infinite, labels are of another length, or there are fewer than two classes.
+        ChoiceError: there is no such metric or variant.
     """
     return float(silhouette_samples(features, labels, metric=metric, variant=variant).mean())
 
@@ -43,6 +46,9 @@ def silhouette_samples(
     features: Tensor, labels: Tensor, *, metric: Metric = "cosine", variant: Variant = "standard"
 ) -> Tensor:
     """The coefficient of every point, (n,) float64; see `silhouette`."""
+    check_choice("metric", metric, get_args(Metric))
+    check_choice("variant", variant, get_args(Variant))
+    features, labels = torch.as_tensor(features), torch.as_tensor(labels)
     _check(features, labels)
     if metric == "sqeuclidean":
         features = features.double() - features.double().mean(0)  # far from the origin digits would be lost
@@ -74,7 +80,12 @@ class Sums:
 
     @classmethod
     def none(cls, classes: int, features: int, metric: Metric = "cosine") -> "Sums":
-        """Of no points; float64."""
+        """Of no points; float64.
+
+        Raises:
+            ChoiceError: there is no such metric.
+        """
+        check_choice("metric", metric, get_args(Metric))
         zeros = torch.zeros(classes, dtype=torch.float64)
         return cls(metric, zeros, torch.zeros(classes, features, dtype=torch.float64), zeros)
 
@@ -140,6 +151,7 @@ def silhouette_of(
         classes: K.
         metric: of the distance.
     """
+    check_choice("metric", metric, get_args(Metric))
     sums, middle = Sums.none(classes, 0, metric), torch.zeros(0)
     for features, labels in batches():
         _check(features, labels)

@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
+from rich.text import Text
 
 from mole.files import replacing, write_text
 from mole.rank.leaderboard import Leaderboard
+from mole.reporting import printable
 
 TOLD = ("name", "reason")
 """Columns of words, which fold where a terminal is narrow."""
@@ -60,14 +62,19 @@ def terminal(board: Leaderboard, most: int = 20, width: int = 100) -> Table:
 
     others = [name for name in board.scorers if name != board.by]
     count = next((n for n in range(len(others), 0, -1) if needed(names(others[:n])) <= width), 0)
-    table = Table(title=f"{len(board.rows)} networks by {board.by}")
+    table = Table(title=Text(f"{len(board.rows)} networks by {board.by}"))
     for name in names(others[:count]):
-        table.add_column(name, justify="left" if name in TOLD else "right", overflow="fold", no_wrap=name not in TOLD)
+        table.add_column(
+            Text(printable(name)),
+            justify="left" if name in TOLD else "right",
+            overflow="fold",
+            no_wrap=name not in TOLD,
+        )
     for record in shown:
-        table.add_row(*(_text(record[name]) for name in names(others[:count])))
+        table.add_row(*(Text(printable(_text(record[name]))) for name in names(others[:count])))  # no markup
     left = [f"{len(records) - len(shown)} more networks"] if len(shown) < len(records) else []
     left += [f"{', '.join(others[count:])} with --out or a wider terminal"] if count < len(others) else []
-    table.caption = "; ".join(left) or None
+    table.caption = Text("; ".join(left)) if left else None
     return table
 
 
@@ -85,7 +92,7 @@ def _figure(board: Leaderboard) -> Figure:
     for place, row in zip(places, rows, strict=True):
         if (ends := board.interval(row)) is not None:
             axes.plot(ends, [place, place], color="#0072B2", alpha=0.4, linewidth=2)
-    axes.set_yticks(places, [row.name[-40:] for row in rows], fontsize=7)
+    axes.set_yticks(places, [printable(row.name[-40:]).replace("$", r"\$") for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.set(xlabel=f"{board.by} (bars: 90 % intervals)" if board.resampled else board.by)
     left = len(board.rows) - len(rows)

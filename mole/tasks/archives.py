@@ -1,7 +1,6 @@
 """MNIST, Fashion-MNIST and CIFAR-10: `<name>.npz` from the folder `MOLE_DATA`, otherwise from OpenML."""
 
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from mole.config import TaskConfig
 from mole.errors import CorruptFileError, MoleError
+from mole.reading.tensors import read_npz
 from mole.tasks.supervised import Classification, Split
 
 
@@ -67,11 +67,11 @@ def _split(images: np.ndarray, labels: np.ndarray, archive: Archive) -> Split:
 
 
 def _read(path: Path, archive: Archive) -> tuple[np.ndarray, ...]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = tuple(file[key] for key in ("x_train", "y_train", "x_test", "y_test"))
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise CorruptFileError(f"{path}: not an archive of x_train, y_train, x_test, y_test ({error})") from None
+    names = ("x_train", "y_train", "x_test", "y_test")
+    found = read_npz(path, names)
+    if missing := [name for name in names if name not in found]:
+        raise CorruptFileError(f"{path}: not an archive of {', '.join(names)} ({', '.join(missing)} missing)")
+    arrays = tuple(found[name] for name in names)
     for images, labels in (arrays[:2], arrays[2:]):
         enough = len(labels) > archive.prompt and labels.ndim == 1 and labels.max() < 10
         if not enough or images.shape != (len(labels), *archive.shape) or images.dtype != np.uint8:

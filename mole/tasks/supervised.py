@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import log, prod
-from typing import Self
+from typing import Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from mole.config import TaskConfig
-from mole.errors import MoleError
+from mole.errors import MoleError, check_choice
 from mole.seeding import stream
 from mole.tasks.batched import batched, singly
 from mole.tasks.networks import Architecture
@@ -260,7 +260,12 @@ class Classification(Task):
         return _metrics(self.logits(flat, images, own=True), labels)
 
     def split(self, name: SplitName) -> Split:
-        """One of the three splits."""
+        """One of the three splits.
+
+        Raises:
+            ChoiceError: there is no such split.
+        """
+        check_choice("split", name, get_args(SplitName))
         return {"train": self.train, "prompt": self.prompt, "test": self.test}[name]
 
 

@@ -327,7 +327,7 @@ def test_a_full_disk_is_said_and_loses_nothing(
 
     with ZooWriter(tmp_path, HEADER, "me") as writer:
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-            patch.setattr("mole.checkpoints.writer.save_file", full)
+            patch.setattr("mole.checkpoints.writer.save", full)
             writer.write("me-1", toy.spec, *rows(toy, 1))
         assert Zoo(tmp_path).runs == 2 and verify(tmp_path) == []
         assert not list(tmp_path.rglob(".tmp-*"))
@@ -352,7 +352,7 @@ def test_a_zoo_without_a_metric_and_columns_that_contradict(tmp_path: Path, toy:
     with ZooWriter(tmp_path, HEADER, "a") as writer:
         writer.write("a-0", toy.spec, torch.ones(1, 39), {"run": ["x"], "step": [0], "loss": [None], "tag": ["b"]})
     assert "loss unknown" in repr(Zoo(tmp_path))
-    with pytest.raises(MoleError, match="every run diverged, or has no loss"):
+    with pytest.raises(MoleError, match="no checkpoint has a number for the metric 'loss'"):
         Zoo(tmp_path).finished()
     with ZooWriter(tmp_path, HEADER, "b") as writer:
         writer.write("b-0", toy.spec, torch.ones(1, 39), {"run": ["y"], "step": [0], "loss": [1.0], "tag": [7]})

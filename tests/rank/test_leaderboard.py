@@ -97,9 +97,9 @@ def test_what_is_asked_for_wrongly_is_said_before_any_network_is_loaded(data: tu
         ((inputs / 0, labels), {}, "inputs hold NaN or infinity"),
         ((inputs[:2], labels[:2]), {}, "2 inputs; legal is 3 or more"),
         ((inputs, labels - 1), {}, "labels go down to -1; legal is 0 and above"),
-        ((inputs.numpy(), labels), {}, "data are ndarray, Tensor; legal is tensors"),
+        ((inputs, "abc"), {}, "data are Tensor, str; legal is tensors"),
         (data, {"device": "cdua"}, "device 'cdua' is not here; legal is cpu, or cuda where PyTorch finds it"),
-        (data, {"lacking": "eror"}, "lacking is 'eror', bootstrap 0; legal is row or error"),
+        (data, {"lacking": "eror"}, "lacking is 'eror'; legal: row, error; did you mean error?"),
     ):
         with pytest.raises(MoleError, match=message):
             leaderboard(network, given, **settings)
@@ -325,7 +325,7 @@ def test_the_command_ranks_a_zoo_and_a_runs_samples(tiny_run: Path, tmp_path: Pa
         (["--data", "digit"], "--data digit; legal: digits, mnist"),
         (["--data", "digits", "--labels", "0,x"], "--labels x; legal: 0, 1, 2"),
         (["--data", str(tmp_path / "long.npz")], "5 inputs, labels (9,) int64; legal is an .npz"),
-        (["--data", str(tmp_path / "objects.npz")], "no .npz, or of objects; legal is an .npz"),
+        (["--data", str(tmp_path / "objects.npz")], "objects, which would be code); legal is an .npz"),
         (["--data", str(tmp_path / "torn.npz")], "legal is an .npz"),
         (["--data", "digits", "--examples", "0"], "--examples is 0; legal is 3 or more"),
         (["--data", "digits", "--scorer", "knnn"], "no scorer knnn; nearest: knn"),

@@ -102,7 +102,8 @@ class Scorer:
             MoleError: something that it needs is not known, or the labels are of one class only.
         """
         if lacking := [need for need in self.needs if need not in evidence.has()]:
-            raise MoleError(f"{self.name} needs {', '.join(lacking)}")
+            how = " (a network's one tensor, or several with one named logits)" if "outputs" in lacking else ""
+            raise MoleError(f"{self.name} needs {', '.join(lacking)}{how}")
         if "classes" in self.needs and evidence.one_hot.shape[1] < 2:
             raise MoleError(f"{self.name} needs at least two classes; found one")
         return float(self.score(evidence))
