@@ -68,6 +68,12 @@ def unlearnable(config: Config, stages: tuple[StageName, ...]) -> list[str]:
             "generator.model gpt needs a start, its loss and a wanted loss; legal is train.drop_fraction 0 and "
             "train.drop_start_fraction 0"
         )
+    single = [name for name, widths in (("evaluate.widths", config.evaluate.widths), ("harvest.vary.width", vary.width))
+              if widths and 1 in widths and task.width > 1]  # fmt: skip
+    faults += [
+        f"{name}: a layer of one neuron has none to be exchanged with it, so a generator of wider ones cannot make it; "
+        "legal is 2 and more" for name in single
+    ]  # fmt: skip
     if config.evaluate.widths and task.subtasks.differ:
         faults.append("evaluate.widths: networks of other widths are judged without sub-tasks only; legal is []")
     measured = ("loss", "return") if task.name == "cartpole" else ("loss", "accuracy")

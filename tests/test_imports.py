@@ -17,6 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reading": {"errors"},
     "files": {"errors", "reading"},
     "revision": set(),
+    "estimate": {"config", "reading"},
     "signals": {"errors"},
     "devices": {"errors"},
     "config": {"errors", "reading"},
@@ -40,7 +41,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoints", "config", "diffusion", "evaluation", "metrics", "provenance", "rank", "reporting",
         "representations", "revision", "stages", "tasks", "tracking", *BASE,
     },
-    "cli": {"checkpoints", "config", "pipeline", "rank", "reporting", "revision", "signals", "stages", "tasks", "terminal", *BASE},
+    "cli": {
+        "checkpoints", "config", "estimate", "pipeline", "rank", "reporting", "revision", "signals", "stages", "tasks",
+        "terminal", *BASE,
+    },
 }  # fmt: skip
 
 

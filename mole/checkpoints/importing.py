@@ -69,7 +69,7 @@ def import_checkpoints(
 
     Read are `.pt`, `.pth`, `.ckpt`, `.bin` and `.safetensors` files (plain state dicts, or dictionaries that hold one),
     Lightning checkpoints (prefixes removed), Hugging Face folders (`checkpoint-500` with `trainer_state.json`), and
-    the LMDB runs of G.pt (`pip install mole[lmdb]`). A run is a folder; its steps come from the files, or from their
+    the LMDB runs of G.pt (`pip install lmdb`). A run is a folder; its steps come from the files, or from their
     names, or are the files' order. The same call again takes in only what is new.
 
     Args:

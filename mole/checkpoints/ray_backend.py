@@ -1,4 +1,4 @@
-"""Populations on every machine of a Ray cluster. The only file that imports Ray (`pip install mole[ray]`).
+"""Populations on every machine of a Ray cluster. The only file that imports Ray (`pip install ray`).
 
 `RAY_ADDRESS` names the cluster; without it one is started on this machine. Every machine needs MOLE, and the
 data of the task under the same `MOLE_DATA` or by download.

@@ -16,10 +16,11 @@ from typing import Any
 from mole import stages as staging
 from mole.config import Config, keys, load, shipped, to_yaml
 from mole.errors import ConfigError
+from mole.estimate import estimate, unaffordable
 from mole.files import LockedError, locked, sweep, value_digest
 from mole.reporting import printable
 from mole.signals import handling, stop
-from mole.stages import STAGES, RunFolder, StageName
+from mole.stages import STAGES, Decision, RunFolder, StageName
 
 BEGAN = time.perf_counter()
 DEFAULT_CONFIG = Path("configs") / "digits.yaml"
@@ -247,14 +248,27 @@ def _stages(only: str, mistakes: list[str]) -> tuple[StageName, ...]:
 
 def _show_plan(request: Request) -> None:
     print(printable(f"run folder: {request.out}"))
-    for stage, decision in staging.plan(
-        request.config, RunFolder(request.out), request.stages, redo=request.redo
-    ).items():
+    print(f"the whole job takes {estimate(request.config)}")
+    plan = staging.plan(request.config, RunFolder(request.out), request.stages, redo=request.redo)
+    _check_room(request, plan)
+    for stage, decision in plan.items():
         print(f"{stage}: {'would run' if decision.run else 'would be skipped'}, {decision.reason}")
     if request.config.runtime.device == "cuda":
         from mole.pipeline.runner import choose_device
 
         choose_device(request.config)
+
+
+def _check_room(request: Request, plan: dict[StageName, Decision]) -> None:
+    """Refuse what fits neither into memory nor on the disk, unless it is done already.
+
+    Raises:
+        ConfigError: naming the keys to lower.
+    """
+    if any(decision.run for decision in plan.values()):
+        faults = unaffordable(request.config, request.out, writes_zoo=plan.get("harvest", Decision(False, "")).run)
+        if faults:
+            raise ConfigError([f"configuration: {fault}" for fault in faults])
 
 
 def _execute(request: Request) -> int:
@@ -289,6 +303,7 @@ def _run(request: Request) -> int:
     if not request.replace and (clash := _clash(config, folder, request.stages)):  # another job was faster
         raise ConfigError(clash)
     plan = staging.plan(config, folder, request.stages, redo=request.redo)
+    _check_room(request, plan)
     if any(decision.run for decision in plan.values()):
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on few cores
         from mole.pipeline import run

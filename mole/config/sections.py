@@ -4,12 +4,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=10**6)]
+Steps = Annotated[int, Field(ge=1, le=10**9)]
+Width = Annotated[int, Field(ge=1, le=2**16)]
+Natural = Annotated[int, Field(ge=0, le=10**6)]
+Positive = Annotated[float, Field(ge=1e-12, le=1e38)]
+NonNegative = Annotated[float, Field(ge=0, le=1e38)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-LearningRates = Annotated[list[Positive], Field(min_length=1)]
+LearningRates = Annotated[list[Positive], Field(min_length=1, max_length=100)]
 
 
 class Section(BaseModel):
@@ -84,9 +86,9 @@ class TaskConfig(Section):
 
     name: TaskName = "digits"
     """Data set, or environment."""
-    width: Count = 16
+    width: Width = 16
     """Hidden neurons per layer; of a convolutional network the channels of the first layer."""
-    depth: Count = 1
+    depth: Annotated[int, Field(ge=1, le=62)] = 1
     """Hidden layers."""
     activation: Literal["relu", "gelu", "silu", "tanh", "selu"] = "relu"
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -99,7 +101,7 @@ class TaskConfig(Section):
     """Largest norm of a network's gradient; null does not clip."""
     batch_size: Count = 128
     """Images per step and network."""
-    steps: Count = 300
+    steps: Steps = 300
     """Optimiser steps per network."""
     labels: Annotated[list[Natural], Field(min_length=2)] | None = None
     """Only images of these labels; null takes all."""
@@ -134,8 +136,8 @@ class TaskConfig(Section):
 class VaryConfig(Section):
     """Keys of `task` that differ between runs: each run draws one value of every list given here."""
 
-    width: Annotated[list[Count], Field(min_length=1)] | None = None
-    depth: Annotated[list[Count], Field(min_length=1)] | None = None
+    width: Annotated[list[Width], Field(min_length=1, max_length=1000)] | None = None
+    depth: Annotated[list[Annotated[int, Field(ge=1, le=62)]], Field(min_length=1, max_length=62)] | None = None
     activation: Annotated[list[Literal["relu", "gelu", "silu", "tanh", "selu"]], Field(min_length=1)] | None = None
     optimizer: Annotated[list[Literal["adam", "sgd"]], Field(min_length=1)] | None = None
     learning_rate: LearningRates | None = None
@@ -155,7 +157,7 @@ class HarvestConfig(Section):
     """Networks whose histories train the generator; while streaming, those that it is judged against."""
     heldout_runs: Annotated[int, Field(ge=1, le=2**19)] = 64
     """Further networks that the generator never sees."""
-    checkpoints: Annotated[int, Field(ge=2)] = 30
+    checkpoints: Annotated[int, Field(ge=2, le=10**6)] = 30
     """States kept per run, at most."""
     keep: Literal["log", "even", "random", "loss"] = "log"
     """Which ones beside the first and the last: log-spaced, evenly spaced or random steps (G.pt's), or whenever the
@@ -165,9 +167,9 @@ class HarvestConfig(Section):
     """Networks trained at once, and written as one shard."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the weights on disk."""
-    reuse: Count = 64
+    reuse: Steps = 64
     """While streaming: times that the generator may read a checkpoint."""
-    reservoir: Annotated[int, Field(ge=2)] = 512
+    reservoir: Annotated[int, Field(ge=2, le=2**19)] = 512
     """While streaming: runs held in memory."""
 
 
@@ -197,19 +199,19 @@ class GeneratorConfig(Section):
     """Numbers per token of `chunks`."""
     latent: Count = 128
     """Numbers of the learned code."""
-    latent_steps: Count = 2000
+    latent_steps: Steps = 2000
     """Training steps of the autoencoder."""
     conditions: Annotated[list[Condition], Field(min_length=1)] = ["start_loss", "target_loss"]
     """What can be asked for or told, each of it optional: metrics of the start and of the wanted network, and how it is
     trained."""
     data: bool = False
     """Whether it also reads a labelled support set of the data, and the start's gradient on it (`classes` only)."""
-    parameters: Annotated[int, Field(ge=10_000)] | None = None
+    parameters: Annotated[int, Field(ge=10_000, le=10**12)] | None = None
     """Size dial: the widest transformer of at most so many parameters; null takes `width`."""
-    width: Count = 128
-    layers: Count = 4
-    heads: Count = 4
-    mlp_ratio: Count = 4
+    width: Width = 128
+    layers: Annotated[int, Field(ge=1, le=1000)] = 4
+    heads: Annotated[int, Field(ge=1, le=1000)] = 4
+    mlp_ratio: Annotated[int, Field(ge=1, le=100)] = 4
 
     @model_validator(mode="after")
     def _settings_agree(self) -> "GeneratorConfig":
@@ -245,10 +247,10 @@ class GeneratorConfig(Section):
 class TrainConfig(Section):
     """How the generator is trained."""
 
-    steps: Count = 3000
+    steps: Steps = 3000
     batch_size: Count = 64
     learning_rate: Positive = 2e-3
-    warmup_steps: Natural = 100
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 100
     weight_decay: NonNegative = 0.0
     gradient_clip: Positive = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -278,11 +280,11 @@ class TrainConfig(Section):
     """Labelled images that tell the generator of the data, where it reads them."""
     layouts: Count = 4
     """Layouts of networks in one batch, where the zoo has several."""
-    log_every: Count = 50
+    log_every: Steps = 50
     """Steps between two rows of `metrics.csv`."""
-    validate_every: Count = 500
+    validate_every: Steps = 500
     """Steps between two validations on held-out runs."""
-    checkpoint_every: Count = 200
+    checkpoint_every: Steps = 200
     """Steps between two training states on disk; a killed training continues from the last."""
 
 
@@ -291,7 +293,7 @@ class SampleConfig(Section):
 
     networks: Count = 64
     """Generated networks, one per held-out start."""
-    target_loss: Positive | None = None
+    target_loss: Annotated[float, Field(gt=0, lt=1e6)] | None = None
     """Prompt; null asks for the best loss in the zoo."""
     guidance: Annotated[float, Field(ge=0, le=20)] = 1.0
     """How far the prompt is overdone (classifier-free guidance); other values than 1 cost a second evaluation."""
@@ -304,22 +306,22 @@ class EvaluateConfig(Section):
 
     starts: Count = 64
     """Held-out starts of the one-pass and the alignment figures."""
-    prompts: Annotated[int, Field(ge=2)] = 20
+    prompts: Annotated[int, Field(ge=2, le=10**6)] = 20
     """Prompts per start, from the zoo's best loss to the start's loss."""
     optimizer_steps: Count = 400
     """Steps the optimisers get to match one pass."""
     adam_learning_rates: LearningRates = [0.003, 0.01, 0.03]
     """Tried on the prompt images; the best one is reported."""
     sgd_learning_rates: LearningRates = [0.03, 0.1, 0.3]
-    passes: Count = 4
+    passes: Annotated[int, Field(ge=1, le=1000)] = 4
     """One pass after another, each from what the last one made."""
     unseen: Natural = 32
     """Starts of each initialisation, and networks of each width, that the zoo does not have; 0 leaves both out."""
-    widths: list[Count] = []
+    widths: Annotated[list[Width], Field(max_length=100)] = []
     """Widths to generate networks of, whether the zoo has them or not."""
     evaluations: Annotated[int, Field(ge=1, le=1000)] = 1
     """Evaluations of the generator per network."""
-    repeats: Annotated[int, Field(ge=0)] = 8
+    repeats: Annotated[int, Field(ge=0, le=1000)] = 8
     """Draws from one start, for the spread within one condition; 0 leaves it out."""
     support_images: Count = 256
     """Labelled examples of each held-out sub-task, where there are such."""

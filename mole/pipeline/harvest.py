@@ -7,6 +7,8 @@ from mole.checkpoints import Header, Zoo, ZooWriter
 from mole.checkpoints.backends import make_backend
 from mole.checkpoints.format import belongs, read_header, read_layouts, shards
 from mole.checkpoints.groups import SEEDS_PER_CONFIG, Group, plan_groups, run_name
+from mole.checkpoints.layouts import VARIANTS
+from mole.config import Config
 from mole.diffusion.generator import versions
 from mole.errors import CorruptFileError, MoleError
 from mole.files import remove
@@ -25,6 +27,7 @@ def harvest(current: Run) -> Work:
     settings, header = config.harvest, _header(current)
     total = settings.runs + settings.heldout_runs
     groups = plan_groups(config.task, settings, config.seed, range(total))
+    check_drawn(config, groups)
     _empty_unless_same(folder, header)
     with ZooWriter(folder, header, "group") as writer:
         before = writer.seconds()
@@ -45,6 +48,21 @@ def harvest(current: Run) -> Work:
     outputs += [path for files in shards(folder) for path in (files.weights, files.index)]
     seals = [files.seal for files in shards(folder)]  # which hold seconds, and differ every time
     return Work(outputs, {**_report(current, zoo, seconds), "seconds_before": before}, [record], seals)
+
+
+def check_drawn(config: Config, groups: list[Group]) -> None:
+    """Refuse a plan in which no run draws the configuration's own network, before anything is trained.
+
+    Raises:
+        MoleError: naming what to raise.
+    """
+    own = {name: getattr(config.task, name) for name in VARIANTS if getattr(config.harvest.vary, name) is not None}
+    alike = [run for group in groups if own.items() <= group.factors.items() for run in group.runs]
+    for key, runs in (("runs", range(config.harvest.runs)), ("heldout_runs", range(config.harvest.runs, 2**30))):
+        if own and not any(run in runs for run in alike):
+            told = ", ".join(f"{name} {value}" for name, value in own.items())
+            raise MoleError(f"none of harvest.{key} {getattr(config.harvest, key)} draws the network of {told}, which "
+                            f"generators are judged by; raise harvest.{key}, or vary less")  # fmt: skip
 
 
 def _header(current: Run) -> Header:
