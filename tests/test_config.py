@@ -36,7 +36,7 @@ def test_every_mistake_is_named_at_once_with_file_key_found_legal_and_nearest(tm
     assert "did you mean digits?" in text
     assert f"{path}: task.width: found True (bool); legal: a whole number of at least 1" in text
     assert f"{path}: harvest: found 3 (int); legal: a mapping with mode, backend, runs, heldout_runs" in text
-    assert "command line: train.learning_rate: found 'fast' (str); legal: a number above 0" in text
+    assert "command line: train.learning_rate: found 'fast' (str); legal: a number of at least 1e-12" in text
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def index_fault(table: pa.Table) -> str | None:
     if "step" in table.column_names and len(table) and int(table["step"].to_numpy().min()) < 0:
         return "column step goes below 0"
     if {"run", "step"} <= set(table.column_names):
-        pairs = table.select(["run", "step"]).group_by(["run", "step"]).aggregate([])
+        pairs = table.select(["run", "step"]).unify_dictionaries().group_by(["run", "step"]).aggregate([])
         if len(pairs) != len(table):
             return f"{len(table) - len(pairs)} of its checkpoints have the run and the step of another one"
     return None
