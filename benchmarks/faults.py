@@ -2,8 +2,8 @@
 
     python benchmarks/faults.py --flips 220 --inputs 390 --kills 100
 
-Flips: one byte of a file of a finished run is changed, or its end is cut off; seen means that the next command makes it
-again, refuses it, or says so. Inputs: every kind of tests/hostile.py given to every command that reads such a file, in a
+Flips: one byte of a file of a finished run is changed, or its end is cut off; seen means that the next command makes
+it again, refuses it, or says so. Inputs: every kind of tests/hostile.py given to every command that reads such a file, in a
 process of its own; it must end within 20 seconds, without a traceback, and run nothing. Kills: a job is killed at a
 random moment, and given again to its end; no temporary file may be left, and samples must be those of a run that nobody
 killed. The last line is JSON.
@@ -45,8 +45,8 @@ def flips(folder: Path, count: int, rng: random.Random) -> tuple[int, list[str]]
     """Change a byte of `count` files of a finished run, one at a time; how many were seen, and which were not."""
     config, unseen = load([ROOT / TINY[0]]), list[str]()
     run_folder = RunFolder(folder)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock" and path.stat().st_size
-             and not path.name.endswith(".lock")]  # fmt: skip
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(".lock")]
+    files = [path for path in files if path.stat().st_size]
     for number in range(count):
         path = files[number % len(files)]
         before = path.read_bytes()
@@ -74,7 +74,10 @@ def seen(config: object, folder: RunFolder, path: Path, before: bytes) -> bool:
     return bool(told) or path.read_bytes() == before
 
 
-def cases(work: Path, finished: Path) -> Iterator[tuple[str, Callable[[Path], None], Path, list[str]]]:
+Case = tuple[str, Callable[[Path], None], Path, list[str]]
+
+
+def cases(work: Path, finished: Path) -> Iterator[Case]:
     """Kind, maker, where it is put, and the command that meets it there."""
     from tests import hostile
 
@@ -90,7 +93,12 @@ def cases(work: Path, finished: Path) -> Iterator[tuple[str, Callable[[Path], No
             "rank", str(copy / "samples"), "--data", "digits"]  # fmt: skip
         yield f"zoo.json: {name}", make, copy / "zoo" / "zoo.json", ["zoo", "show", str(copy / "zoo")]
         yield f"zoo.json, verify: {name}", make, copy / "zoo" / "zoo.json", ["zoo", "verify", str(copy / "zoo")]
-        yield f"layout: {name}", make, next((finished / "zoo" / "layouts").iterdir()), ["zoo", "show", str(copy / "zoo")]
+        yield (
+            f"layout: {name}",
+            make,
+            next((finished / "zoo" / "layouts").iterdir()),
+            ["zoo", "show", str(copy / "zoo")],
+        )
         yield f"card: {name}", make, copy / "generator" / "config.json", ["load", str(copy)]
         yield f"rows: {name}", make, copy / "ranked" / "rows.jsonl", [
             "rank", str(copy / "samples"), "--data", "digits", "--out", str(copy / "ranked")]  # fmt: skip
@@ -163,7 +171,7 @@ def child(command: list[str], work: Path) -> str:
             from mole.cli import main
 
             if command[0] == "load":
-                sys.stdout = sys.stderr = open(1, "w", closefd=False)
+                sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
                 mole.load(command[1])
                 code = 0
             else:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mole.errors import CorruptFileError, MoleError
+from mole.reading.guard import check_file
 from mole.reading.text import read_json
 
 logger = logging.getLogger("mole")
@@ -180,7 +181,12 @@ def _indented(value: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """SHA-256 of a file's bytes, in hex.
+
+    Raises:
+        CorruptFileError: it is no regular file.
+    """
+    check_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

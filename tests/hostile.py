@@ -69,9 +69,12 @@ TEXTS: dict[str, Maker] = {
 }
 
 ANCHORS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
+MERGES = "m0: &m0 {k: 1}\n" + "".join(f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}]}}\n" for i in range(1, 60))
 YAMLS: dict[str, Maker] = {
     "anchor bomb": data(ANCHORS),
-    "merge bomb": data("m0: &m0 {k: 1}\n" + "".join(f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}]}}\n" for i in range(1, 60))),
+    "merge bomb": data(
+        "m0: &m0 {k: 1}\n" + "".join(f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}]}}\n" for i in range(1, 60))
+    ),
     "an anchor that holds itself": data("task: &t\n  name: *t\n"),
     "a merge of itself": data("task: &t\n  <<: *t\n"),
     "a merge of a number": data("task:\n  <<: 3\n"),
@@ -109,8 +112,10 @@ SAFETENSORS: dict[str, Maker] = {
     "offsets are texts": safetensors({"a": {"dtype": "F32", "shape": [1], "data_offsets": ["x", "y"]}}),
     "offsets run back": safetensors({"a": entry([1], 4, 0)}, b"\0" * 4),
     "offsets are negative": safetensors({"a": entry([1], -4, 0)}, b"\0" * 4),
-    "160 GB that are not there": sparse(160 * 10**9, struct.pack("<Q", 70) + json.dumps(
-        {"a": entry([40 * 10**9 - 20], 0, 160 * 10**9 - 78)}).ljust(70).encode()),
+    "160 GB that are not there": sparse(
+        160 * 10**9,
+        struct.pack("<Q", 70) + json.dumps({"a": entry([40 * 10**9 - 20], 0, 160 * 10**9 - 78)}).ljust(70).encode(),
+    ),
     "promises more than it has": safetensors({"a": entry([10**12], 0, 4 * 10**12)}, b"\0" * 64),
     "a million tensors": safetensors({f"{i}": entry([0], 0, 0) for i in range(1_000_000)}),
     "unknown type": safetensors({"a": entry([1], 0, 4, "F99")}, b"\0" * 4),

@@ -10,6 +10,7 @@ import torch
 
 from mole.errors import CorruptFileError, MoleError
 from mole.files import file_digest, is_sealed, read_sealed, sealed, write_json
+from mole.reading.guard import check_file
 from mole.reading.text import parse_json, read_json
 from mole.representations import WeightSpec
 
@@ -139,9 +140,14 @@ def shard_fault(files: ShardFiles) -> str | None:
         return f"{files.seal}: missing"
     except CorruptFileError as error:
         return str(error)
+    try:
+        weights_shape(files.weights)  # before a file that claims to be huge is read
+        check_table(files.index)
+    except FileNotFoundError:
+        return f"{files.index}: missing"
+    except CorruptFileError as error:
+        return str(error)
     for path, wanted in ((files.weights, seal["weights"]), (files.index, seal["index"])):
-        if not path.exists():
-            return f"{path}: missing"
         if file_digest(path) != wanted:
             return f"{path}: truncated or altered (its digest differs from the one recorded)"
     return None
@@ -184,19 +190,24 @@ def _layout_of(path: Path) -> str | None:
         return None
 
 
-def weights_shape(path: Path, dtype: Dtype) -> tuple[int, int]:
+def weights_shape(path: Path, dtype: Dtype | None = None) -> tuple[int, int]:
     """Rows and parameters that the header of a weights file promises, checked against the file's size.
+
+    Without a dtype, any that a zoo may have is right.
 
     Raises:
         CorruptFileError: the file is missing, truncated, or holds something else.
     """
     try:
+        check_file(path)
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")
             header = parse_json(file.read(length))
             tensor = header["weights"]
+            if dtype is None:
+                dtype = next(name for name, code in SAFETENSORS_DTYPES.items() if code == tensor["dtype"])
             (rows, size), (start, stop) = tensor["shape"], tensor["data_offsets"]
             expected = rows * size * TORCH_DTYPES[dtype].itemsize
             found = path.stat().st_size - 8 - length
@@ -209,9 +220,24 @@ def weights_shape(path: Path, dtype: Dtype) -> tuple[int, int]:
                 raise ValueError(f"{found} bytes of {tensor['dtype']} weights where {expected} of {dtype} belong")
     except FileNotFoundError:
         raise CorruptFileError(f"{path}: missing") from None
-    except (ValueError, KeyError, TypeError, struct.error, OSError) as error:
+    except (ValueError, KeyError, TypeError, StopIteration, struct.error, OSError) as error:
         raise CorruptFileError(f"{path}: truncated or altered ({error})") from None
     return rows, size
+
+
+def check_table(path: Path) -> None:
+    """Refuse a file that cannot be a Parquet table by its first and last bytes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CorruptFileError: it is something else.
+    """
+    size = check_file(path)
+    with path.open("rb") as file:
+        start = file.read(4)
+        file.seek(max(0, size - 4))
+        if start != b"PAR1" or file.read(4) != b"PAR1":
+            raise CorruptFileError(f"{path}: truncated or altered (it is no Parquet file)")
 
 
 def write_seal(files: ShardFiles, weights: str, index: str, header: Header, seconds: float) -> None:

@@ -69,10 +69,8 @@ def _verify(path: Path) -> int:
             faults = [str(error)]
     for fault in faults:
         print(printable(fault))
-    print(
-        f"{printable(str(path))}: {len(shards(path))} shards, "
-        + (f"{len(faults)} faults" if faults else "every byte as written")
-    )
+    outcome = f"{len(faults)} faults" if faults else "every byte as written, and every index makes sense"
+    print(printable(f"{path}: {len(shards(path))} shards, {outcome}"))
     return 1 if faults else 0
 
 

@@ -288,6 +288,8 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
                 f"{path}: no generator here ({error.filename} is missing); legal is a run folder or a folder of "
                 "config.json and model.safetensors, as `python train.py` writes them"
             ) from None
+        except OSError as error:
+            raise MoleError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
         if found != card.weights:
             raise CorruptFileError(f"{folder}/model.safetensors: truncated or altered; train again or copy it anew")
         check_size(card, safetensors_header(folder / "model.safetensors"), folder)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mole.files import is_sealed, sealed
-from mole.reading.guard import is_regular
+from mole.reading.guard import check_file, is_regular
 from mole.reading.text import json_lines
 
 logger = logging.getLogger("mole")
@@ -47,6 +47,8 @@ class Finished:
     def __init__(self, path: Path | None, settings: str) -> None:
         self.path, self.rows = path, dict[tuple[str, str], Row]()
         self.settings = hashlib.sha256(settings.encode()).hexdigest()
+        if path is not None and path.exists():
+            check_file(path)
         for row in self._sound() if path is not None and is_regular(path) else ():
             self.rows[row.name, row.digest] = row
 

@@ -1,6 +1,7 @@
 """Tensors from files of any origin: safetensors, PyTorch's own format, NumPy archives; nothing in them is executed."""
 
 import pickle
+import pickletools
 import struct
 import zipfile
 import zlib
@@ -154,12 +155,30 @@ def _why_refused(path: Path) -> str:
     """Why PyTorch did not unpickle a file, in few words."""
     try:
         needed = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # the list cannot be read either: the file is damaged
-        needed = []
+    except Exception:  # the list cannot be read: an old format, or damaged
+        needed = _globals_of_pickle(path)
     if needed:
         more = f" and {len(needed) - 1} more" if len(needed) > 1 else ""
         return f"needs code to be run ({needed[0]}{more}), which is never done"
     return "truncated, or not a checkpoint"
+
+
+def _globals_of_pickle(path: Path) -> list[str]:
+    """Names that a bare pickle would import, beside those that every checkpoint of PyTorch needs."""
+    names, texts = list[str](), list[str]()
+    with path.open("rb") as file:
+        start = file.read(2**20)
+    try:
+        for operation, argument, _ in pickletools.genops(start):
+            if isinstance(argument, str):
+                texts.append(argument)
+            if operation.name == "GLOBAL":
+                names.append(str(argument).replace(" ", "."))
+            elif operation.name == "STACK_GLOBAL" and len(texts) > 1:
+                names.append(".".join(texts[-2:]))
+    except Exception:  # whatever is wrong after that
+        pass
+    return [name for name in dict.fromkeys(names) if not name.startswith(("torch.", "collections.OrderedDict"))]
 
 
 def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:

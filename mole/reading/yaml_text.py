@@ -9,18 +9,31 @@ MOST_NODES = 100_000
 """Of one text, anchors unfolded."""
 
 
+MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses duplicate keys and reads `1e-3` as the number it looks like."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if key.tag == MERGE:
+                continue
             name = repr(self.construct_object(key, deep=True))
             if name in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {name} appears twice", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
 
+    def construct_whole(self, node: yaml.ScalarNode) -> int:
+        value = self.construct_yaml_int(node)
+        if value.bit_length() > 256:
+            raise yaml.constructor.ConstructorError(None, None, "a number of too many digits", node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
