@@ -121,7 +121,9 @@ def test_an_archive_that_unfolds_is_refused_by_its_promise(tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", ["nested tensors", "sparse tensors", "expanded tensors", "meta tensors"])
 def test_tensors_that_are_not_plain_are_named(kind: str, tmp_path: Path) -> None:
     hostile.TORCH[kind](tmp_path / "x.pt")
-    with pytest.raises(CorruptFileError, match="nested, quantised or without data|claim more numbers|not a checkpoint"):
+    with pytest.raises(
+        CorruptFileError, match=r"nested, quantised or without data|claim more numbers|not a checkpoint"
+    ):
         check_tensors(read_torch(tmp_path / "x.pt"))
 
 

@@ -206,18 +206,18 @@ def weights_shape(path: Path, dtype: Dtype | None = None) -> tuple[int, int]:
                 raise ValueError(f"a header of {length} bytes")
             header = parse_json(file.read(length))
             tensor = header["weights"]
-            if dtype is None:
-                dtype = next(name for name, code in SAFETENSORS_DTYPES.items() if code == tensor["dtype"])
+            code = tensor["dtype"] if dtype is None else SAFETENSORS_DTYPES[dtype]
+            named = next(name for name, other in SAFETENSORS_DTYPES.items() if other == code)
             (rows, size), (start, stop) = tensor["shape"], tensor["data_offsets"]
-            expected = rows * size * TORCH_DTYPES[dtype].itemsize
+            expected = rows * size * TORCH_DTYPES[named].itemsize
             found = path.stat().st_size - 8 - length
             if "table" in header:
                 (many, whole), dtype_found = header["table"]["shape"], header["table"]["dtype"]
                 if many != rows or dtype_found != "I64":
                     raise ValueError(f"a table of {many} rows of {dtype_found} where {rows} of I64 belong")
                 found -= many * whole * 8
-            if tensor["dtype"] != SAFETENSORS_DTYPES[dtype] or stop - start != expected or found != expected:
-                raise ValueError(f"{found} bytes of {tensor['dtype']} weights where {expected} of {dtype} belong")
+            if tensor["dtype"] != code or stop - start != expected or found != expected:
+                raise ValueError(f"{found} bytes of {tensor['dtype']} weights where {expected} of {named} belong")
     except FileNotFoundError:
         raise CorruptFileError(f"{path}: missing") from None
     except (ValueError, KeyError, TypeError, StopIteration, struct.error, OSError) as error:

@@ -6,6 +6,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def _globals_of_pickle(path: Path) -> list[str]:
     names, texts = list[str](), list[str]()
     with path.open("rb") as file:
         start = file.read(2**20)
-    try:
+    with suppress(Exception):  # whatever is wrong with the rest of it
         for operation, argument, _ in pickletools.genops(start):
             if isinstance(argument, str):
                 texts.append(argument)
@@ -176,8 +177,6 @@ def _globals_of_pickle(path: Path) -> list[str]:
                 names.append(str(argument).replace(" ", "."))
             elif operation.name == "STACK_GLOBAL" and len(texts) > 1:
                 names.append(".".join(texts[-2:]))
-    except Exception:  # whatever is wrong after that
-        pass
     return [name for name in dict.fromkeys(names) if not name.startswith(("torch.", "collections.OrderedDict"))]
 
 
