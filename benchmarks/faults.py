@@ -3,10 +3,10 @@
     python benchmarks/faults.py --flips 220 --inputs 390 --kills 100
 
 Flips: one byte of a file of a finished run is changed, or its end is cut off; seen means that the next command makes
-it again, refuses it, or says so. Inputs: every kind of tests/hostile.py given to every command that reads such a file,
-in a process of its own; it must end within 20 seconds, without a traceback, and run nothing. Kills: a job is killed at a
-random moment, and given again to its end; no temporary file may be left, and samples must be those of a run that nobody
-killed. The last line is JSON.
+it again, refuses it, or says so. Inputs: every kind of tests/hostile.py, given to every command that reads such files,
+in a process of its own; it must end within 20 seconds, without a traceback, and run nothing. Kills: a job is killed at
+a random moment, and given again to its end; no temporary file may be left, and samples must be those of a run that
+nobody killed. The last line is JSON.
 """
 
 import argparse

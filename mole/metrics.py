@@ -60,7 +60,8 @@ def _parsed(line: str) -> list[str] | None:
         float(row[3])
     except (csv.Error, ValueError, IndexError):
         return None
-    return row if len(row) == len(COLUMNS) and row[1].isascii() and row[1].isdigit() else None
+    whole = len(row) == len(COLUMNS) and line.isascii() and row[1].isdigit()
+    return row if whole else None
 
 
 def _format(rows: list[list[object]] | list[list[str]]) -> str:

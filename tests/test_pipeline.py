@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mole
-from mole.files import file_digest
+from mole import stages as staging
+from mole.config import load
+from mole.files import file_digest, sealed, value_digest, write_json
 from mole.provenance import Ledger
 from mole.reading.text import read_json
+from mole.revision import revision
+from mole.stages import RunFolder
 
 from .conftest import CONFIGS, ROOT, run_command
 
@@ -488,3 +492,159 @@ def test_imported_networks_are_not_removed_by_a_harvest(tmp_path: Path) -> None:
     done = run_command("configs/tiny.yaml", "--only", "harvest", "--out", str(tmp_path / "run"))
     assert done.returncode == 1 and "networks from elsewhere (import) are here" in done.stderr
     assert len(mole.Zoo(tmp_path / "run" / "zoo")) == 1
+
+
+SIGNAL = """
+import os, signal, sys
+from mole.diffusion import watch
+number, step = getattr(signal, sys.argv.pop(1)), int(sys.argv.pop(1))
+obey = watch.Watch._obey
+def tell(self, trainer, at):
+    if at == step:
+        os.kill(os.getpid(), number)
+    obey(self, trainer, at)
+watch.Watch._obey = tell
+from mole.cli import main
+main(["train", *sys.argv[1:]])
+"""
+
+
+def test_sigterm_saves_the_training_at_once_and_the_same_command_goes_on(tiny_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    short = ("configs/tiny.yaml", "--out", str(folder), "--only", "harvest,train")
+    done = run_command("SIGTERM", "33", *short, code=SIGNAL)
+    assert done.returncode == 143 and "the same command continues" in done.stderr and "Traceback" not in done.stderr
+    again = run_command("SIGUSR1", "47", *short, code=SIGNAL)
+    assert again.returncode == 0 and "train: continues after step 33" in again.stdout, again.stderr
+    name = "generator/model.safetensors"
+    assert file_digest(folder / name) == file_digest(tiny_run / name)
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1",
+         "SLURM_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_JOB_NAME": "train"}  # fmt: skip
+
+
+def test_under_slurm_nothing_outside_the_run_folder_is_read_or_written(tiny_run: Path, tmp_path: Path) -> None:
+    config = str(ROOT / "configs" / "tiny.yaml")
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes((tiny_run / "generator" / "model.safetensors").read_bytes())
+    done = run_command("SIGUSR1", "20", config, "--out", "run", "--only", "harvest,train", "--train.checkpoint_every",
+                       "1000", cwd=tmp_path, env={**SLURM, "PYTHONPATH": str(ROOT)}, code=SIGNAL)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hpc_ckpt_1.ckpt", "run"]
+    assert read_json(tmp_path / "run" / "report.json")["train"]["resumed_from_step"] == 0
+    steps = [row[1] for row in csv.reader((tmp_path / "run" / "metrics.csv").open()) if row[2] == "train/loss"]
+    assert steps[0] == "10"
+
+
+def test_tasks_of_one_slurm_step_do_not_fight(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    with (tmp_path / ".lock").open("w") as file:
+        file.write("slurm 7.0")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = run_command("configs/tiny.yaml", "--out", str(tmp_path), env=SLURM)
+        assert done.returncode == 0 and "another task of this SLURM step does the work" in done.stdout
+        other = run_command("configs/tiny.yaml", "--out", str(tmp_path), env={**SLURM, "SLURM_STEP_ID": "1"})
+        assert other.returncode == 1 and "another process is running there" in other.stderr
+
+
+def test_networks_that_are_not_finite_are_counted_left_out_and_the_run_ends(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+from mole.diffusion.generator import Generator
+draw = Generator._draw
+def odd(self, *arguments, **named):
+    drawn, losses = draw(self, *arguments, **named)
+    drawn.flat[::3] = float("nan")
+    return drawn, losses
+Generator._draw = odd
+from mole.cli import main
+main(["train", *sys.argv[1:]])
+"""
+    done = run_command(*SHORT, "--out", str(tmp_path), code=code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "3 more had NaN or infinite weights" in done.stdout and "are not finite, and left out" in done.stdout
+    report = read_json(tmp_path / "report.json")
+    assert report["one_pass"]["finite_fraction"] == pytest.approx(5 / 8) and report["sample"]["networks"] == 5
+    assert 0 < report["one_pass"]["accuracy_mean"] <= 1 and report["rank"]["candidates"] == 5
+    assert report["sample"]["not_finite"] == 3 and report["novelty"]["nearest_training_distance"] > 0
+
+
+def test_a_training_that_blows_up_ends_with_a_report_or_with_its_reason(tmp_path: Path) -> None:
+    wild = ("configs/tiny.yaml", "--train.steps", "4", "--train.warmup_steps", "1", "--train.learning_rate", "1e6")
+    done = run_command(*wild, "--out", str(tmp_path / "run"), "--evaluate.optimizer_steps", "5")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    path = tmp_path / "run" / "generator" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[next(iter(tensors))].fill_(float("nan"))
+    save_file(tensors, path)
+    card = read_json(tmp_path / "run" / "generator" / "config.json")
+    card["weights"] = file_digest(path)
+    card["digest"] = value_digest({name: value for name, value in card.items() if name != "digest"})
+    write_json(tmp_path / "run" / "generator" / "config.json", card)
+    with pytest.raises(mole.CorruptFileError, match=r"hold NaN or infinity, .* its training diverged"):
+        mole.load(tmp_path / "run")
+
+
+def test_flipped_bytes_and_missing_files_of_a_finished_run_are_seen(tiny_run: Path, tmp_path: Path) -> None:
+    """Twenty of the 220 of benchmarks/faults.py, and every kind of file deleted."""
+    import random
+
+    from benchmarks.faults import flips, seen
+
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    assert flips(folder, 40, random.Random(1)) == (40, [])
+    config = load([ROOT / "configs" / "tiny.yaml"])
+    for name in ("provenance/ledger.jsonl", "config.yaml", "report.json", "zoo/zoo.json", "samples/00001.safetensors",
+                 "zoo/shards/group-00000.json", "figures/novelty.png", "stages/train.json"):  # fmt: skip
+        path = folder / name
+        before = path.read_bytes()
+        path.unlink()
+        assert seen(config, RunFolder(folder), path, before), name
+        path.write_bytes(before)
+
+
+def test_a_deleted_ledger_and_configuration_are_written_again(tiny_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    before = (folder / "config.yaml").read_text()
+    records = Ledger(folder / "provenance" / "ledger.jsonl").records
+    (folder / "provenance" / "ledger.jsonl").unlink()
+    (folder / "config.yaml").unlink()
+    done = run_command("configs/tiny.yaml", "--out", str(folder))
+    assert done.returncode == 0 and f"{len(records)} records were missing, and are written again" in done.stdout
+    assert Ledger(folder / "provenance" / "ledger.jsonl").records == records
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_work_of_other_code_is_kept_with_a_line_and_redone_on_request(tiny_run: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(tiny_run, folder.root)
+    config, marker = load([ROOT / "configs" / "tiny.yaml"]), read_json(folder.marker("rank"))
+    assert marker["code"]["source"] == revision().source and marker["code"]["version"] == mole.__version__
+    marker["code"] |= {"source": "0" * 16, "commit": "a" * 40}
+    write_json(folder.marker("rank"), sealed(marker))
+    kept, redone = (staging.decide(config, folder, "rank", redo=redo) for redo in (False, True))
+    assert not kept.run and "by other code: mole 0.1.0, commit aaaaaaaaaa then" in kept.reason
+    assert "--redo does it again" in kept.reason and redone.run
+    network = Ledger(folder.ledger).records[-1]
+    assert network["versions"]["mole"]["source"] == revision().source
+
+
+def test_parts_of_an_evaluation_that_are_done_count(tmp_path: Path) -> None:
+    from mole.evaluation.parts import Parts
+
+    calls: list[str] = []
+
+    def compute(name: str) -> dict[str, float]:
+        calls.append(name)
+        return {"value": 0.1, "none": float("nan")}
+
+    for _ in range(2):
+        parts = Parts(tmp_path, "this run")
+        assert parts.get("a", lambda: compute("a")) == {"value": 0.1, "none": None}
+    Parts(tmp_path, "another run").get("a", lambda: compute("again"))
+    (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text().replace("0.1", "0.9"))
+    Parts(tmp_path, "another run").get("a", lambda: compute("altered"))
+    assert calls == ["a", "again", "altered"]

@@ -72,6 +72,7 @@ def test_safetensors_that_are_none_are_refused(kind: str, tmp_path: Path) -> Non
 
 REASONS = {
     "runs a command": r"needs code to be run \(posix\.system\), which is never done",
+    "runs a command, old format": r"needs code to be run \(posix\.system\)",
     "a bare pickle that runs a command": r"needs code to be run \(posix\.system\)",
     "a whole module": r"needs code to be run \(torch\.nn\.modules\.linear\.Linear\)",
     "TorchScript": r"a TorchScript program, not a state dict: save module\.state_dict\(\)",

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from mole.config.mistakes import explain, show
 from mole.config.sections import Config
-from mole.errors import ConfigError, CorruptFileError
+from mole.errors import MOST_MISTAKES, ConfigError, CorruptFileError
 from mole.reading.text import read_text
 from mole.reading.yaml_text import parse_yaml
 
@@ -39,7 +39,10 @@ def load(paths: Sequence[Path], overrides: Sequence[tuple[str, str]] = ()) -> Co
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
-        mistakes += [explain(detail, origin) for detail in error.errors()]
+        details = error.errors(include_url=False)
+        mistakes += [explain(detail, origin) for detail in details[:MOST_MISTAKES]]
+        if len(details) > MOST_MISTAKES:
+            mistakes.append(f"configuration: {len(details) - MOST_MISTAKES} more mistakes of this kind")
     else:
         if not mistakes:
             return config

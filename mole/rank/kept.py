@@ -66,9 +66,7 @@ class Finished:
                 with suppress(TypeError):
                     yield Row(**values)
         if altered:
-            logger.warning(
-                "%s: %d rows are not as they were written; these networks are scored again", self.path, altered
-            )
+            logger.warning("%s: %d rows were altered; these networks are scored again", self.path, altered)
 
     def row(self, name: str, digest: str) -> Row | None:
         """What an earlier session found of this network."""

@@ -1,5 +1,6 @@
 """Tensors from files of any origin: safetensors, PyTorch's own format, NumPy archives; nothing in them is executed."""
 
+import io
 import pickle
 import pickletools
 import struct
@@ -168,15 +169,16 @@ def _globals_of_pickle(path: Path) -> list[str]:
     """Names that a bare pickle would import, beside those that every checkpoint of PyTorch needs."""
     names, texts = list[str](), list[str]()
     with path.open("rb") as file:
-        start = file.read(2**20)
+        start = io.BytesIO(file.read(2**20))
     with suppress(Exception):  # whatever is wrong with the rest of it
-        for operation, argument, _ in pickletools.genops(start):
-            if isinstance(argument, str):
-                texts.append(argument)
-            if operation.name == "GLOBAL":
-                names.append(str(argument).replace(" ", "."))
-            elif operation.name == "STACK_GLOBAL" and len(texts) > 1:
-                names.append(".".join(texts[-2:]))
+        while start.tell() < len(start.getbuffer()):  # an old checkpoint is several pickles, one after the other
+            for operation, argument, _ in pickletools.genops(start):
+                if isinstance(argument, str):
+                    texts.append(argument)
+                if operation.name == "GLOBAL":
+                    names.append(str(argument).replace(" ", "."))
+                elif operation.name == "STACK_GLOBAL" and len(texts) > 1:
+                    names.append(".".join(texts[-2:]))
     return [name for name in dict.fromkeys(names) if not name.startswith(("torch.", "collections.OrderedDict"))]
 
 

@@ -8,17 +8,19 @@ from torch import nn
 
 from mole.checkpoints import Zoo
 from mole.config import Config, GeneratorConfig, load
+from mole.diffusion.codec import Codec
 from mole.diffusion.conditions import Conditions
 from mole.diffusion.denoiser import Denoiser, Networks
 from mole.diffusion.module import DenoiserTraining, learning_rate_factor, root_mean_square
 from mole.diffusion.pairs import Batch, PairBatches, ZooPairs, choose_states
 from mole.diffusion.request import Request
 from mole.diffusion.speed import operations
-from mole.diffusion.training import Data, _strategy, _trainer, make_codec, train_generator
+from mole.diffusion.training import Data, _strategy, _trainer, check_trainable, make_codec, train_generator
 from mole.errors import MoleError
 from mole.representations import WeightSpec, neuron_view
+from mole.representations.structure import word
 from mole.seeding import stream
-from mole.tasks import Classification, energy_score
+from mole.tasks import Architecture, Classification, energy_score
 
 CPU = torch.device("cpu")
 CONFIG = load(
@@ -373,3 +375,53 @@ def test_processes_that_train_together_draw_different_pairs(source: ZooPairs, mo
         assert len(part.level) == 4  # half of the batch each
         parts.append(part)
     assert not torch.equal(parts[0].clean, parts[1].clean) and not torch.equal(parts[0].noised, parts[1].noised)
+
+
+def test_what_could_not_be_loaded_again_is_refused_before_the_training(toy: Classification, zoo: Zoo) -> None:
+    class Own(Architecture):
+        def build(self, seed: int) -> nn.Module:
+            torch.manual_seed(seed)
+            return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    class Theirs(Classification):
+        @property
+        def architecture(self) -> Architecture:
+            return Own(**super().architecture.model_dump())
+
+    foreign = Theirs(toy.config, toy.train, toy.prompt, toy.test, classes=3)
+    with pytest.raises(MoleError, match="its networks are Own, which a generator's card cannot name; legal is an Arch"):
+        check_trainable(ZooPairs(zoo, foreign, CONFIG.generator))
+    wide = toy.with_config(toy.config.model_copy(update={"width": 7}))
+    with pytest.raises(MoleError, match=r"the zoo's networks are not those of task digits \(0\.weight is \(7, 5\) and"):
+        check_trainable(ZooPairs(zoo, wide, CONFIG.generator))
+    check_trainable(ZooPairs(zoo, toy, CONFIG.generator))
+
+
+def test_a_zoo_of_another_metric_is_refused_before_the_training(toy: Classification, zoo: Zoo, tmp_path: Path) -> None:
+    columns = {name: zoo.column(name) for name in ("run", "step", "seed", "accuracy")}
+    other = Zoo.of(toy.spec, {**columns, "val/loss": zoo.column("loss")}, zoo.read(torch.arange(40)), metric="val/loss")
+    data = Data(toy, lambda state: ZooPairs(other, toy, CONFIG.generator), other)
+    steps: list[int] = []
+
+    def progress(done: int, note: str = "") -> None:
+        steps.append(done)
+
+    with pytest.raises(MoleError, match=r"no column loss \(its metrics: .*\), which generators are conditioned on"):
+        train_generator(
+            CONFIG, data, tmp_path / "state", identity="x", device=CPU, progress=progress,
+            log=lambda step, values: None,
+        )  # fmt: skip
+    assert not steps
+
+
+def test_a_running_variance_is_never_negative() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    spec = WeightSpec.of(network, torch.randn(2, 5))
+    config = GeneratorConfig(width=16, layers=1, heads=2, view="flat", symmetry="none")
+    codec = Codec(spec, config, {word(entry): 0.5 for entry in spec.entries})
+    flat = codec.restore(-torch.ones(2, spec.size))
+    state = spec.unflatten(flat[0], torch.zeros(spec.table_size, dtype=torch.int64))
+    assert state["1.running_var"].tolist() == pytest.approx([0.005] * 6) and state["1.running_mean"].max() < 0
+    network.load_state_dict(state)
+    assert bool(network(torch.randn(4, 5)).isfinite().all())
