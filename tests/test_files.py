@@ -1,11 +1,25 @@
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mole.errors import CorruptFileError
-from mole.files import file_digest, replacing, value_digest, write_json, write_text
+from mole.files import (
+    LockedError,
+    file_digest,
+    locked,
+    read_sealed,
+    replacing,
+    sealed,
+    sweep,
+    value_digest,
+    write_json,
+    write_json_once,
+    write_text,
+)
 from mole.reading.text import read_json
 
 
@@ -50,3 +64,43 @@ def test_nan_is_refused_and_broken_json_is_named(tmp_path: Path) -> None:
     write_text(tmp_path / "x.json", '{"a": ')
     with pytest.raises(CorruptFileError, match=r"x\.json: not valid JSON"):
         read_json(tmp_path / "x.json")
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom mole.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as temporary:\n    temporary.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "deep" / "x.txt")], check=False)
+    (left,) = tmp_path.rglob(".tmp-*")
+    with replacing(tmp_path / "mine.txt") as temporary:
+        temporary.write_text("whole")
+        assert sweep(tmp_path) == 1 and not left.exists() and temporary.exists()
+    assert (tmp_path / "mine.txt").read_text() == "whole" and sweep(tmp_path) == 0
+
+
+def test_a_lock_that_is_held_is_told_from_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    with locked(tmp_path / ".lock", "busy"), pytest.raises(LockedError, match="busy; wait for it"):
+        locked(tmp_path / ".lock", "busy").__enter__()
+
+    def lockless(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", lockless)
+    with locked(tmp_path / ".lock", "busy"):
+        assert "this file system has no locks; let one process alone work there" in caplog.text
+    write_text(tmp_path / "x.txt", "written all the same")
+
+
+def test_of_several_writers_one_writes_and_seals_are_compared(tmp_path: Path) -> None:
+    assert write_json_once(tmp_path / "a.json", sealed({"a": 1}))
+    assert not write_json_once(tmp_path / "a.json", sealed({"a": 2}))
+    assert read_sealed(tmp_path / "a.json", {"a"})["a"] == 1
+    write_text(tmp_path / "a.json", (tmp_path / "a.json").read_text().replace("1,", "2,"))
+    with pytest.raises(CorruptFileError, match="its seal differs"):
+        read_sealed(tmp_path / "a.json", {"a"})
+    assert not list(tmp_path.glob(".tmp-*"))

@@ -272,12 +272,18 @@ def resealed(folder: Path, **changes: object) -> None:
 def test_a_card_that_asks_for_too_much_takes_no_memory(generator: Generator, tmp_path: Path) -> None:
     generator.save(tmp_path)
     denoiser = read_json(tmp_path / "config.json")["denoiser"]
-    resealed(tmp_path, denoiser={**denoiser, "width": 2**20, "heads": 2})
-    with pytest.raises(CorruptFileError, match=r"the card's width is 1,048,576, but model\.safetensors holds"):
+    resealed(tmp_path, denoiser={**denoiser, "width": 2**16, "heads": 2})
+    with pytest.raises(CorruptFileError, match=r"the card's width is 65,536, but model\.safetensors holds"):
         Generator.load(tmp_path)
     generator.save(tmp_path)
     resealed(tmp_path, ranges={})
     with pytest.raises(CorruptFileError, match="the range of the loss is missing"):
+        Generator.load(tmp_path)
+    resealed(tmp_path, ranges={"loss": [0.1, 2.4]}, architectures=[{"kind": "mlp", "widths": [64, *[65_536] * 9, 10]}])
+    with pytest.raises(CorruptFileError, match=r"the networks of its card need about .* TB of memory"):
+        Generator.load(tmp_path)
+    resealed(tmp_path, denoiser={**denoiser, "layers": 900})
+    with pytest.raises(CorruptFileError, match="the card's layers is 900, but"):
         Generator.load(tmp_path)
     resealed(tmp_path, architectures=[{"kind": "mlp", "widths": [64, 10**9, 10]}])
     with pytest.raises(CorruptFileError, match="less than or equal to 65536"):
