@@ -77,7 +77,7 @@ class ZooWriter:
         """
         both = (("metric", there.metric, mine.metric), ("dtype", there.dtype, mine.dtype))
         told = [f"{name} {one} there, {other} here" for name, one, other in both if one != other]
-        if there.recipe != mine.recipe and ("task" in there.recipe or "task" in mine.recipe):
+        if there.recipe != mine.recipe and not all("source" in header.recipe for header in (there, mine)):
             told.append("networks of another recipe")
         if told:
             raise MoleError(

@@ -56,7 +56,10 @@ def check_drawn(config: Config, groups: list[Group]) -> None:
     Raises:
         MoleError: naming what to raise.
     """
-    own = {name: getattr(config.task, name) for name in VARIANTS if getattr(config.harvest.vary, name) is not None}
+    lists = {name: getattr(config.harvest.vary, name) for name in VARIANTS}
+    own = {name: getattr(config.task, name) for name, values in lists.items() if values is not None}
+    if any(value not in lists[name] for name, value in own.items()):
+        return  # a zoo for other uses: generators are refused elsewhere
     alike = [run for group in groups if own.items() <= group.factors.items() for run in group.runs]
     for key, runs in (("runs", range(config.harvest.runs)), ("heldout_runs", range(config.harvest.runs, 2**30))):
         if own and not any(run in runs for run in alike):
