@@ -5,7 +5,7 @@ a factor of about three. Memory is that of the largest moment of a stage, for fl
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -134,6 +134,19 @@ def estimate(config: Config) -> Estimate:
     )
 
 
+WHEN = {
+    "task.width": {"harvest", "train", "evaluate"}, "harvest.group_size": {"harvest"}, "harvest.runs": {"evaluate"},
+    "generator.width": {"train"}, "generator.parameters": {"train"}, "train.batch_size": {"train"},
+    "evaluate.prompts": {"evaluate"}, "evaluate.starts": {"evaluate"},
+}  # fmt: skip
+"""In which stages the memory is taken that a key decides."""
+
+
+def _written(zoo: Path) -> int:
+    """Bytes of a zoo that are on the disk already."""
+    return sum(path.stat().st_size for path in (zoo / "shards").glob("[!.]*") if path.is_file())
+
+
 def free_disk(folder: Path) -> int:
     """Bytes that can be written where a folder is or will be."""
     there = next((place for place in (folder, *folder.absolute().parents) if place.exists()), Path("/"))
@@ -143,13 +156,12 @@ def free_disk(folder: Path) -> int:
 def unaffordable(
     config: Config,
     folder: Path,
+    stages: Iterable[str] = ("harvest", "train", "sample", "evaluate", "rank"),
     free: Callable[[], int] = available_memory,
     disk: Callable[[Path], int] = free_disk,
-    *,
-    writes_zoo: bool = True,
 ) -> list[str]:
     """What of a configuration does not fit into the memory and the disk that are free now, with the key to lower."""
-    usable = int(SHARE * free())
+    usable, stages = int(SHARE * free()), set(stages)
     on_gpu = config.runtime.device != "cpu" and any(Path("/dev").glob("nvidia[0-9]*"))  # which says so by itself
     elsewhere = ("generator.width", "generator.parameters", "train.batch_size") if on_gpu else ()
     plan = estimate(config)
@@ -157,11 +169,11 @@ def unaffordable(
     return [
         f"{folder}: this configuration writes about {in_bytes(plan.disk)}, and {in_bytes(room)} are free there; lower "
         "harvest.runs or harvest.checkpoints, or choose another --out"
-    ] * (writes_zoo and plan.disk > room) + [
+    ] * ("harvest" in stages and plan.disk - _written(folder / "zoo") > room) + [
         f"{key}: this configuration needs about {in_bytes(needed)} of memory here, and {in_bytes(usable)} can be used; "
         f"lower {key}, or run on a larger machine"
         for key, needed in plan.memory.items()
-        if needed > usable and key not in elsewhere
+        if needed > usable and key not in elsewhere and stages & WHEN[key]
     ]
 
 

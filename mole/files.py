@@ -5,10 +5,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,8 @@ logger = logging.getLogger("mole")
 
 TEMPORARY = ".tmp-"
 """Every file that is being written begins with this; its writer holds a lock on it until it has its name."""
+TEMPORARY_NAME = r"\.tmp-[a-z0-9_]{8}(\.[a-z]+)?"
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 ABANDONED = 86_400
 """Seconds after which a temporary file counts as left behind, on file systems without locks."""
 
@@ -63,15 +66,18 @@ def _claimed(path: Path) -> tuple[int, str]:
         os.close(handle)
 
 
-def sweep(folder: Path) -> int:
-    """Remove what killed writers have left below a folder; returns how many files.
+def sweep(folder: Path, inner: Iterable[Path] = ()) -> int:
+    """Remove what killed writers have left in a folder, and anywhere below the `inner` ones; returns how many files.
 
-    What a living process writes is locked by it, and stays.
+    What a living process writes is locked by it, and stays; so does what has another name than `_claimed` gives.
     """
+    paths = [*folder.glob(f"{TEMPORARY}*"), *(path for part in inner for path in part.rglob(f"{TEMPORARY}*"))]
     removed = 0
-    for path in folder.rglob(f"{TEMPORARY}*"):
+    for path in paths:
+        if not re.fullmatch(TEMPORARY_NAME, path.name):
+            continue
         try:
-            handle = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+            handle = os.open(path, os.O_RDWR | NO_FOLLOW | getattr(os, "O_NONBLOCK", 0))
         except OSError:
             continue
         try:
@@ -127,7 +133,7 @@ def locked(path: Path, problem: str, note: str = "", *, wait: bool = False) -> I
         LockedError: another process holds it; the message says `problem`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o644)
     try:
         state = _lock(handle)
         while wait and state == "held":

@@ -60,7 +60,7 @@ def _parsed(line: str) -> list[str] | None:
         float(row[3])
     except (csv.Error, ValueError, IndexError):
         return None
-    whole = len(row) == len(COLUMNS) and line.isascii() and row[1].isdigit()
+    whole = len(row) == len(COLUMNS) and line.isascii() and row[1].isdigit() and len(row[1]) < 19
     return row if whole else None
 
 

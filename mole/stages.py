@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mole.config import Config, load, to_yaml
 from mole.errors import ConfigError, CorruptFileError
-from mole.files import file_digest, read_sealed, sealed, value_digest, write_json, write_text
+from mole.files import file_digest, read_sealed, sealed, sweep, value_digest, write_json, write_text
 from mole.metrics import MetricsFile
 from mole.provenance import Ledger
 from mole.reading.text import read_json
@@ -136,6 +136,14 @@ class RunFolder:
     def report(self) -> Path:
         return self.root / "report.json"
 
+    def has_traces(self, stage: StageName) -> bool:
+        """Whether there is anything of a stage's work, done or half done."""
+        paths = {
+            "harvest": [self.zoo / "zoo.json"], "train": [self.generator / "config.json", self.training_state],
+            "sample": [self.samples], "evaluate": [self.figures, self.parts], "rank": [self.leaderboard],
+        }[stage]  # fmt: skip
+        return any(path.exists() for path in (self.marker(stage), *paths))
+
     def marker(self, stage: StageName) -> Path:
         return self.root / "stages" / f"{stage}.json"
 
@@ -193,7 +201,7 @@ def read_marker(folder: RunFolder, stage: StageName) -> Marker | None:
         value = read_sealed(folder.marker(stage), set(Marker.__dataclass_fields__))
         del value["seal"]
         return _MARKER.validate_python(value)
-    except (OSError, CorruptFileError, ValidationError):
+    except (FileNotFoundError, NotADirectoryError, CorruptFileError, ValidationError):
         return None
 
 
@@ -265,7 +273,7 @@ def plan(
 def clashes(config: Config, folder: RunFolder, stages: tuple[StageName, ...]) -> list[str]:
     """Every key in which the work in a folder differs from a configuration that would replace it, in words.
 
-    Work is a finished stage, a zoo that is half harvested, or a training that is half done.
+    Work is a finished stage, or what there is of one that is half done or whose marker is damaged.
     """
     wanted: dict[str, Any] = {}
     there: dict[str, Any] = {}
@@ -274,10 +282,10 @@ def clashes(config: Config, folder: RunFolder, stages: tuple[StageName, ...]) ->
         own = sections(config, stage)
         if marker is not None:
             wanted, there = wanted | own, there | marker.config
-        elif stage == "harvest" and (recipe := _harvested(folder)) is not None:
-            wanted, there = wanted | harvest_recipe(config), there | recipe
-        elif stage == "train" and folder.training_state.exists():
+        elif folder.has_traces(stage):
             wanted, there = wanted | own, there | _begun(folder, own)
+            if stage == "harvest" and (recipe := _harvested(folder)) is not None:
+                wanted, there = wanted | harvest_recipe(config), there | recipe
     return differences(there, wanted)
 
 
@@ -298,7 +306,7 @@ def _harvested(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _begun(folder: RunFolder, own: dict[str, Any]) -> dict[str, Any]:
-    """These sections as `config.yaml` has them, which a training that is half done was begun with."""
+    """These sections as `config.yaml` has them, which a stage that is half done was begun with."""
     try:
         begun = load([folder.config]).model_dump(mode="json")
     except ConfigError:
@@ -340,7 +348,7 @@ def _needed_by(stages: tuple[StageName, ...]) -> tuple[StageName, ...]:
     return tuple(stage for stage in STAGES if stage in needed)
 
 
-def mend_records(config: Config, folder: RunFolder) -> list[str]:
+def mend_records(config: Config, folder: RunFolder, stages: tuple[StageName, ...] = STAGES) -> list[str]:
     """Write again what was deleted or altered of `config.yaml`, the ledger and the report; a line for each.
 
     Raises:
@@ -359,21 +367,33 @@ def mend_records(config: Config, folder: RunFolder) -> list[str]:
     rows = MetricsFile(folder.metrics)
     if odd := [stage for stage, marker in markers.items() if rows.digest(stage) != marker.rows]:
         lines.append(f"{folder.metrics}: the rows of {', '.join(odd)} are not those that were measured")
-    text = to_yaml(_recorded(config, markers))
+    text = to_yaml(_recorded(config, folder, stages, markers))
     if not folder.config.is_file() or folder.config.read_bytes() != text.encode():
         write_text(folder.config, text)
     return lines
 
 
-def _recorded(config: Config, markers: dict[StageName, Marker]) -> Config:
-    """The configuration of a folder: that of its finished stages, else the one that is asked for."""
+def _recorded(
+    config: Config, folder: RunFolder, stages: tuple[StageName, ...], markers: dict[StageName, Marker]
+) -> Config:
+    """The configuration of a folder: that of its finished stages, of what is asked for now, and of what was begun."""
     values = config.model_dump(mode="json")
+    for stage in STAGES:
+        if stage not in stages and folder.has_traces(stage):
+            values |= _begun(folder, sections(config, stage))
     for stage, marker in markers.items():
         values |= {key: value for key, value in marker.config.items() if key in _SECTIONS[stage]}
     try:
         return Config.model_validate(values)
     except ValidationError:
         return config
+
+
+def clear_leftovers(folder: RunFolder) -> None:
+    """Remove the temporary files of killed processes from the folders that MOLE writes into."""
+    inner = (folder.zoo, folder.generator, folder.samples, folder.leaderboard.parent, folder.ledger.parent,
+             folder.figures, folder.parts.parent)  # fmt: skip
+    sweep(folder.root, inner)
 
 
 def write_report(config: Config, folder: RunFolder) -> dict[str, Any]:

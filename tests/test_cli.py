@@ -10,7 +10,9 @@ import torch
 
 import mole
 from mole import cli
+from mole import stages as staging
 from mole.errors import ConfigError
+from mole.stages import RunFolder
 
 from .conftest import ROOT, run_command
 
@@ -245,3 +247,33 @@ def test_the_wheel_has_every_folder_and_the_configurations() -> None:
     assert project["tool"]["setuptools"]["package-dir"] == {"mole.configs": "configs"}
     texts = [path.read_text() for path in [*(ROOT / "mole").rglob("*.py"), *(ROOT / "docs").glob("*.md")]]
     assert not any(re.search(r"pip install '?\"?mole(\W|$)", text) for text in texts)  # which is somebody else's
+
+
+def test_a_damaged_marker_does_not_open_the_door_to_another_configuration(tiny_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    marker = folder / "stages" / "train.json"
+    marker.write_text(marker.read_text().replace('"seconds"', '"secands"', 1))
+    with pytest.raises(ConfigError, match=r"train\.steps: 60 there, 7 asked for"):
+        cli.parse(["configs/tiny.yaml", "--out", str(folder), "--train.steps", "7"])
+    cli.parse(["configs/tiny.yaml", "--out", str(folder)])
+    (folder / "stages" / "harvest.json").unlink()
+    with pytest.raises(ConfigError, match=r"harvest\.dtype: float32 there, bfloat16 asked for"):
+        cli.parse(["configs/tiny.yaml", "--out", str(folder), "--harvest.dtype", "bfloat16", "--only", "harvest"])
+
+
+def test_what_was_begun_stays_in_the_configuration_of_a_folder(tiny_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for name in ("zoo", "provenance", "stages"):
+        shutil.copytree(tiny_run / name, folder / name)
+    for name in ("train", "sample", "evaluate", "rank"):
+        (folder / "stages" / f"{name}.json").unlink()
+    long = ["configs/tiny.yaml", "--out", str(folder), "--train.steps", "3000"]
+    config = cli.parse(long).config
+    staging.mend_records(config, RunFolder(folder))
+    (folder / "training.ckpt").write_text("half done")
+    short = cli.parse(["configs/tiny.yaml", "--out", str(folder), "--only", "harvest"])
+    staging.mend_records(short.config, RunFolder(folder), short.stages)
+    assert cli.parse(long).config == config
+    with pytest.raises(ConfigError, match=r"train\.steps: 3000 there, 60 asked for"):
+        cli.parse(["configs/tiny.yaml", "--out", str(folder)])

@@ -35,12 +35,19 @@ def test_the_default_job_takes_minutes_and_little_memory() -> None:
     ],
 )
 def test_plans_that_cannot_fit_name_the_key_to_lower(sections: dict[str, object], key: str, tmp_path: Path) -> None:
-    faults = unaffordable(config(runtime={"device": "cpu"}, **sections), tmp_path, lambda: 16 * 10**9)
+    faults = unaffordable(config(runtime={"device": "cpu"}, **sections), tmp_path, free=lambda: 16 * 10**9)
     assert any(fault.startswith(f"{key}: ") and f"lower {key}" in fault for fault in faults)
-    assert unaffordable(config(), tmp_path, lambda: 16 * 10**9, lambda _: 10**12) == []
+    assert unaffordable(config(), tmp_path, free=lambda: 16 * 10**9, disk=lambda _: 10**12) == []
 
 
 def test_a_zoo_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path) -> None:
-    (fault,) = unaffordable(config(), tmp_path, lambda: 16 * 10**9, lambda _: 10**6)
+    (fault,) = unaffordable(config(), tmp_path, free=lambda: 16 * 10**9, disk=lambda _: 10**6)
     assert "writes about" in fault and "1 MB are free there" in fault
-    assert unaffordable(config(), tmp_path, lambda: 16 * 10**9, lambda _: 10**6, writes_zoo=False) == []
+    done = unaffordable(config(), tmp_path, ["train"], lambda: 16 * 10**9, lambda _: 10**6)
+    assert done == []
+    wide = config(evaluate={"prompts": 10**6})
+    assert unaffordable(wide, tmp_path, ["rank"], lambda: 16 * 10**9, lambda _: 10**6) == []
+    (tmp_path / "zoo" / "shards").mkdir(parents=True)
+    with (tmp_path / "zoo" / "shards" / "group-00000.safetensors").open("wb") as file:
+        file.truncate(estimate(config()).disk - 10)  # nearly whole already
+    assert unaffordable(config(), tmp_path, free=lambda: 16 * 10**9, disk=lambda _: 100) == []

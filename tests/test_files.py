@@ -76,8 +76,14 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_stays
     (left,) = tmp_path.rglob(".tmp-*")
     with replacing(tmp_path / "mine.txt") as temporary:
         temporary.write_text("whole")
-        assert sweep(tmp_path) == 1 and not left.exists() and temporary.exists()
+        (tmp_path / "deep" / ".tmp-my-notes.txt").write_text("somebody else's")
+        assert sweep(tmp_path) == 0 and sweep(tmp_path, [tmp_path / "deep"]) == 1
+        assert not left.exists() and temporary.exists() and (tmp_path / "deep" / ".tmp-my-notes.txt").exists()
     assert (tmp_path / "mine.txt").read_text() == "whole" and sweep(tmp_path) == 0
+    (tmp_path / ".lock").symlink_to("mine.txt")
+    with pytest.raises(OSError, match="symbolic links"), locked(tmp_path / ".lock", "busy"):
+        pass
+    assert (tmp_path / "mine.txt").read_text() == "whole"
 
 
 def test_a_lock_that_is_held_is_told_from_a_file_system_without_locks(

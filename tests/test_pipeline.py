@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mole
+from mole import cli
 from mole import stages as staging
 from mole.config import load
 from mole.files import file_digest, sealed, value_digest, write_json
@@ -514,8 +515,10 @@ def test_sigterm_saves_the_training_at_once_and_the_same_command_goes_on(tiny_ru
     short = ("configs/tiny.yaml", "--out", str(folder), "--only", "harvest,train")
     done = run_command("SIGTERM", "33", *short, code=SIGNAL)
     assert done.returncode == 143 and "the same command continues" in done.stderr and "Traceback" not in done.stderr
-    again = run_command("SIGUSR1", "47", *short, code=SIGNAL)
-    assert again.returncode == 0 and "train: continues after step 33" in again.stdout, again.stderr
+    last = run_command("SIGTERM", "60", *short, code=SIGNAL)
+    assert last.returncode == 143 and "train: continues after step 33" in last.stdout, last.stderr
+    again = run_command(*short)
+    assert again.returncode == 0 and "train: continues after step 60" in again.stdout, again.stderr
     name = "generator/model.safetensors"
     assert file_digest(folder / name) == file_digest(tiny_run / name)
 
@@ -539,12 +542,15 @@ def test_under_slurm_nothing_outside_the_run_folder_is_read_or_written(tiny_run:
 def test_tasks_of_one_slurm_step_do_not_fight(tmp_path: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
     with (tmp_path / ".lock").open("w") as file:
-        file.write("slurm 7.0")
+        config = cli.parse(["configs/tiny.yaml", "--out", str(tmp_path)]).config
+        file.write(f"slurm 7.0 {value_digest(config.model_dump(mode='json'))[:16]}")
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
         done = run_command("configs/tiny.yaml", "--out", str(tmp_path), env=SLURM)
         assert done.returncode == 0 and "another task of this SLURM step does the work" in done.stdout
         other = run_command("configs/tiny.yaml", "--out", str(tmp_path), env={**SLURM, "SLURM_STEP_ID": "1"})
+        assert other.returncode == 1 and "another process is running there" in other.stderr
+        other = run_command("configs/tiny.yaml", "--out", str(tmp_path), "--train.steps", "7", env=SLURM)
         assert other.returncode == 1 and "another process is running there" in other.stderr
 
 

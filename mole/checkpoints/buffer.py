@@ -12,9 +12,12 @@ from torch import Tensor
 
 from mole.checkpoints.format import plain, shards
 from mole.checkpoints.writer import ZooWriter
+from mole.errors import CorruptFileError
 from mole.reading.tables import read_parquet
 from mole.representations import WeightSpec
 
+DEFAULTS = {"diverged": False}
+"""What a column holds where a checkpoint says nothing of it; others hold nothing."""
 SHARD_BYTES, SHARD_ROWS = 2**26, 4096
 """A shard is written once it has so many bytes or rows."""
 
@@ -58,7 +61,7 @@ class Buffer:
         for name in row.keys() - self.columns.keys():
             self.columns[name] = [None] * count
         for name, values in self.columns.items():
-            values.append(plain(row.get(name)))
+            values.append(plain(row.get(name, DEFAULTS.get(name))))
         self.weights.append(stored)
         self.tables.append(table.detach().cpu())
         return True
@@ -72,14 +75,16 @@ class Buffer:
         """Give a column this value in every checkpoint that has not been written yet."""
         self.columns[name] = [value] * len(self.weights)
 
-    def leave_out(self, known: Collection[tuple[str, int]]) -> int:
-        """Forget gathered checkpoints whose run and step another writer has written meanwhile; returns how many."""
+    def leave_out(self, known: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
+        """Forget gathered checkpoints whose run and step another writer has written; returns their columns."""
         keys = list(zip(self.columns.get("run", ()), self.columns.get("step", ()), strict=True))
         rows = [row for row, key in enumerate(keys) if key not in known]
-        if len(rows) < len(keys):
+        gone = [{name: values[row] for name, values in self.columns.items()}
+                for row, key in enumerate(keys) if key in known]  # fmt: skip
+        if gone:
             self.columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
             self.weights, self.tables = ([part[row] for row in rows] for part in (self.weights, self.tables))
-        return len(keys) - len(rows)
+        return gone
 
     def flush(self) -> None:
         """Write what has gathered."""
@@ -110,6 +115,8 @@ class Buffer:
             if not files.name.startswith(self.family) or not files.name.rpartition("-")[2].isdigit():
                 continue
             table = read_parquet(files.index, ["content", "run", "step"])
+            if missing := {"run", "step"} - set(table.column_names):
+                raise CorruptFileError(f"{files.index}: no column {', '.join(sorted(missing))}; make that shard again")
             keys = zip(table["run"].to_pylist(), table["step"].to_pylist(), strict=True)
             contents = table["content"].to_pylist() if "content" in table.column_names else [None] * len(table)
             found |= dict(zip(keys, contents, strict=True))

@@ -21,6 +21,7 @@ from mole.checkpoints.buffer import Buffer
 from mole.checkpoints.format import Dtype, Header, column_names
 from mole.checkpoints.writer import ZooWriter
 from mole.errors import HarvestWarning, MoleError, SymmetryWarning
+from mole.files import LockedError
 from mole.representations import WeightSpec
 
 FLUSH_SECONDS = 60.0
@@ -195,11 +196,16 @@ class Harvest(L.Callback):
         self._value = self._metric_step = None
         name, number = self.run, 1
         while True:
-            buffer = Buffer(ZooWriter(self.path, self.header, self.run), spec)
-            last = buffer.last_step(self.run)
-            if last is None or continued:
-                break
-            buffer.writer.close()
+            try:
+                buffer = Buffer(ZooWriter(self.path, self.header, self.run), spec)
+            except LockedError:  # of another training that runs now
+                if continued:
+                    raise
+            else:
+                last = buffer.last_step(self.run)
+                if last is None or continued:
+                    break
+                buffer.writer.close()
             number += 1
             self.run = f"{name}-{number}"
         if number > 1:

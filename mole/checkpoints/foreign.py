@@ -45,6 +45,8 @@ class Candidate:
     """As the report calls it."""
     run: str
     is_lmdb: bool = False
+    fault: str = ""
+    """Why it cannot even be looked at."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,11 @@ def candidates(source: Path, without: Path) -> list[Candidate]:
         if (folder / "data.mdb").exists():
             found.append(Candidate([folder], name, run, is_lmdb=True))
             continue
-        files = sorted((p for p in folder.iterdir() if p.suffix in SUFFIXES and not p.is_dir()), key=_natural)
+        try:
+            files = sorted((p for p in folder.iterdir() if p.suffix in SUFFIXES and not p.is_dir()), key=_natural)
+        except OSError as error:
+            found.append(Candidate([folder], name, run, fault=f"cannot be read ({error.strerror or error})"))
+            continue
         found += _files(source, folder, run, files)
     return found
 
@@ -98,7 +104,7 @@ def _sharded(folder: Path) -> list[Path]:
     for index in sorted(folder.glob("*.index.json")):
         try:
             names = sorted(set(read_json(index)["weight_map"].values()))
-        except (CorruptFileError, KeyError, TypeError, AttributeError):
+        except (OSError, CorruptFileError, KeyError, TypeError, AttributeError):
             continue
         if all(isinstance(name, str) and "/" not in name and (folder / name).is_file() for name in names):
             return [folder / name for name in names]

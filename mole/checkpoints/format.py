@@ -11,6 +11,7 @@ import torch
 from mole.errors import CorruptFileError, MoleError
 from mole.files import file_digest, is_sealed, read_sealed, sealed, write_json
 from mole.reading.guard import check_file
+from mole.reading.tensors import safetensors_header
 from mole.reading.text import parse_json, read_json
 from mole.representations import WeightSpec
 
@@ -183,11 +184,10 @@ def _shard_faults(files: list[ShardFiles]) -> list[str]:
 def _layout_of(path: Path) -> str | None:
     """The layout that the header of a weights file names; None if it cannot be read."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            return parse_json(file.read(min(length, HEADER_BYTES)))["__metadata__"]["layout"]
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        layout = safetensors_header(path)["__metadata__"]["layout"]
+    except (OSError, CorruptFileError, KeyError, TypeError):
         return None
+    return layout if isinstance(layout, str) else None
 
 
 def weights_shape(path: Path, dtype: Dtype | None = None) -> tuple[int, int]:
@@ -209,10 +209,14 @@ def weights_shape(path: Path, dtype: Dtype | None = None) -> tuple[int, int]:
             code = tensor["dtype"] if dtype is None else SAFETENSORS_DTYPES[dtype]
             named = next(name for name, other in SAFETENSORS_DTYPES.items() if other == code)
             (rows, size), (start, stop) = tensor["shape"], tensor["data_offsets"]
+            if not all(isinstance(number, int) and 0 <= number < 2**48 for number in (rows, size, start, stop)):
+                raise ValueError("a shape that is none")
             expected = rows * size * TORCH_DTYPES[named].itemsize
             found = path.stat().st_size - 8 - length
             if "table" in header:
                 (many, whole), dtype_found = header["table"]["shape"], header["table"]["dtype"]
+                if not isinstance(whole, int) or not 0 <= whole < 2**48:
+                    raise ValueError("a shape that is none")
                 if many != rows or dtype_found != "I64":
                     raise ValueError(f"a table of {many} rows of {dtype_found} where {rows} of I64 belong")
                 found -= many * whole * 8

@@ -134,6 +134,9 @@ class _Intake:
             self._keep(found)
 
     def _read(self, file: foreign.Candidate) -> Iterator[Found]:
+        if file.fault:
+            self.report.skip(file.fault, file.name)
+            return
         try:
             if file.is_lmdb:
                 yield from foreign.read_lmdb(file, self.spec)
@@ -192,11 +195,7 @@ class _Intake:
         if content in mine.values() or self.known.get((found.run, step), "") in (content, None):
             self.report.known += 1
         elif (found.run, step) in self.known:
-            self.report.skip(
-                f"another network is there already as step {step} of run {found.run!r}: let file names tell "
-                "their steps, and import the folder above the runs' folders, whose names tell runs apart",
-                found.name,
-            )
+            self.report.skip(_taken(step, found.run), found.name)
         else:
             return step
         return None
@@ -214,9 +213,13 @@ class _Intake:
         """Write what has gathered; what another import has written meanwhile is known now."""
         assert self.buffer is not None
         with locked(self.zoo / "shards" / ".importing.lock", "another import writes a shard there", wait=True):
-            again = self.buffer.leave_out(self.buffer.written())
-            self.report.known += again
-            self.report.checkpoints -= again
+            written = self.buffer.written()
+            for row in self.buffer.leave_out(written):
+                self.report.checkpoints -= 1
+                if written[row["run"], row["step"]] in (row["content"], None):
+                    self.report.known += 1
+                else:
+                    self.report.skip(_taken(row["step"], row["run"]), row["source"])
             self.buffer.flush()
 
     def close(self) -> None:
@@ -226,3 +229,10 @@ class _Intake:
                 self._flush()
             finally:
                 self.buffer.writer.close()
+
+
+def _taken(step: int, run: str) -> str:
+    return (
+        f"another network is there already as step {step} of run {run!r}: let file names tell their steps, and import "
+        "the folder above the runs' folders, whose names tell runs apart"
+    )

@@ -60,7 +60,7 @@ class ZooWriter:
         self.folder, self.header, self.name = Path(folder), header, name
         self.lock = locked(self.folder / "shards" / f".{name}.lock", f"another process writes there as {name!r}")
         self.lock.__enter__()
-        sweep(self.folder)
+        sweep(self.folder, (self.folder / "shards", self.folder / "layouts"))
         try:
             if not write_json_once(self.folder / "zoo.json", header.to_json()):
                 self.header = self._joined(read_header(self.folder), header)

@@ -17,7 +17,7 @@ from mole import stages as staging
 from mole.config import Config, keys, load, shipped, to_yaml
 from mole.errors import ConfigError
 from mole.estimate import estimate, unaffordable
-from mole.files import LockedError, locked, sweep, value_digest
+from mole.files import LockedError, locked, value_digest
 from mole.reporting import printable
 from mole.signals import handling, stop
 from mole.stages import STAGES, Decision, RunFolder, StageName
@@ -266,7 +266,7 @@ def _check_room(request: Request, plan: dict[StageName, Decision]) -> None:
         ConfigError: naming the keys to lower.
     """
     if any(decision.run for decision in plan.values()):
-        faults = unaffordable(request.config, request.out, writes_zoo=plan.get("harvest", Decision(False, "")).run)
+        faults = unaffordable(request.config, request.out, [stage for stage, decision in plan.items() if decision.run])
         if faults:
             raise ConfigError([f"configuration: {fault}" for fault in faults])
 
@@ -275,26 +275,38 @@ def _execute(request: Request) -> int:
     if int(os.environ.get("RANK", "0")):  # of torchrun: the first process does everything but a part of the training
         from mole.pipeline.helper import assist
 
-        assist(request.config, request.out, request.stages)
+        with handling(on_stop=stop, on_save=lambda: None):
+            assist(request.config, request.out, request.stages, redo=request.redo)
         return 0
-    lock = request.out / ".lock"
+    lock, note = request.out / ".lock", _step_of_slurm(request)
     try:
         with (
             handling(on_stop=stop, on_save=lambda: None),  # what is finished is on disk; a training does more
-            locked(lock, "another process is running there", note=_step_of_slurm()),
+            locked(lock, "another process is running there", note=note),
         ):
             return _run(request)
     except LockedError:
-        if _step_of_slurm() and lock.read_text(errors="replace") == _step_of_slurm():
+        if note and _note_in(lock) == note:
             print(f"another task of this SLURM step does the work of {request.out}; nothing is left for this one")
             return 0
         raise
 
 
-def _step_of_slurm() -> str:
-    """What the tasks of one `srun` have in common; empty elsewhere."""
+def _step_of_slurm(request: Request) -> str:
+    """What the tasks of one `srun` with one configuration have in common; empty elsewhere."""
     job, step = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_STEP_ID", "")
-    return f"slurm {job}.{step}" if job and int(os.environ.get("SLURM_NTASKS", "1") or 1) > 1 else ""
+    if not job or os.environ.get("SLURM_NTASKS", "1") in ("", "1"):
+        return ""
+    return f"slurm {job}.{step} {value_digest(request.config.model_dump(mode='json'))[:16]}"
+
+
+def _note_in(lock: Path) -> str:
+    """What the process that holds a lock has written into it; it may have begun a moment ago."""
+    for _ in range(20):
+        if note := lock.read_text(errors="replace"):
+            return note
+        time.sleep(0.05)
+    return ""
 
 
 def _run(request: Request) -> int:
@@ -313,8 +325,8 @@ def _run(request: Request) -> int:
             config, request.out, request.stages, reporter(), began=BEGAN, replace=request.replace, redo=request.redo
         )
     else:
-        sweep(request.out)
-        for line in staging.mend_records(config, folder):
+        staging.clear_leftovers(folder)
+        for line in staging.mend_records(config, folder, request.stages):
             print(printable(line))
         for stage, decision in plan.items():
             print(f"{stage}: done already, {decision.reason}; skipped")

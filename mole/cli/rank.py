@@ -1,6 +1,7 @@
 """`mole rank`: order networks by how well they would serve data."""
 
 import argparse
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -36,10 +37,12 @@ def run_rank(options: argparse.Namespace) -> int:
         ConfigError: arguments do not fit.
         MoleError: there are no networks, or the data cannot be had.
     """
-    least = {"examples": 3, "bootstrap": 0, "seed": 0}
-    low = {name: getattr(options, name) for name in least if getattr(options, name) < least[name]}
-    if low:
-        raise ConfigError([f"command line: --{name} is {low[name]}; legal is {least[name]} or more" for name in low])
+    legal = {"examples": (3, 2**40), "bootstrap": (0, 10**6), "seed": (0, 2**63 - 1)}
+    wrong = {name: getattr(options, name) for name, (low, high) in legal.items()
+             if not low <= getattr(options, name) <= high}  # fmt: skip
+    if wrong:
+        raise ConfigError([f"command line: --{name} is {str(value)[:40]}; legal is {legal[name][0]} or more, up to "
+                           f"{legal[name][1]}" for name, value in wrong.items()], "command line")  # fmt: skip
     from rich.console import Console
 
     from mole.rank import leaderboard
@@ -54,7 +57,7 @@ def run_rank(options: argparse.Namespace) -> int:
         before = f"{path}: " if len(options.path) > 1 else ""
         networks += [replace(found, name=before + found.name) for found in candidates(path, factory=factory)]
     names = [name.strip() for name in options.scorer.split(",")] if options.scorer else None
-    layer = int(options.layer) if options.layer.lstrip("-").isdigit() else options.layer
+    layer = int(options.layer) if re.fullmatch(r"-?[0-9]{1,9}", options.layer) else options.layer
     with reporter().stage("rank", len(networks), "networks") as advance:
         board = leaderboard(
             networks, _data(options), scorers=names, layer=layer,

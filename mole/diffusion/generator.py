@@ -194,6 +194,10 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
         drawn, losses, calls = [], [], 0
         for low in range(0, len(seeds), at_once):
             part = request.part(low, low + at_once)
+            odd = torch.zeros(len(part.seeds), dtype=torch.bool)
+            if part.starts is not None:  # from a network that is none comes none
+                odd = ~part.starts.isfinite().all(1).cpu()
+                part = replace(part, starts=part.starts.masked_fill(odd[:, None].to(part.starts.device), 0))
             noise = torch.stack([_noise(s, codec.size) for s in part.seeds]).to(self.device)
             asked = self._asked(part, task, codec)
             if asked.losses is not None:
@@ -202,7 +206,8 @@ class Generator(ModelHubMixin, library_name="mole", tags=["mole", "weight-space-
             process = self.card.denoiser.process
             found = reverse(denoise, noise, request.evaluations, kind=process, seeds=part.seeds)
             flat = codec.restore(found.flat)
-            drawn.append((flat if asked.elements is None else asked.elements.undo(flat)).cpu())
+            flat = (flat if asked.elements is None else asked.elements.undo(flat)).cpu()
+            drawn.append(flat.masked_fill(odd[:, None], torch.nan))
             calls = denoise.calls
         return Drawn(torch.cat(drawn), calls), torch.cat(losses) if losses else None
 

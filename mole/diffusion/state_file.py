@@ -43,12 +43,15 @@ def read_state(path: Path) -> dict[str, Any]:
 
     Raises:
         CorruptFileError: it is truncated, altered or something else.
+        OSError: it cannot be read now.
     """
     check_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         seal = state.pop(SEAL)
         sound = state_digest(state) == seal
+    except (OSError, MemoryError):
+        raise  # it may be whole
     except Exception:  # truncated, foreign or hostile: PyTorch raises whatever its readers stumble over
         sound, state = False, {}
     if not sound:

@@ -30,9 +30,12 @@ from mole.reporting import Advance
 from mole.representations import EntryScale, WeightSpec, differences
 from mole.representations.handling import Canonical
 from mole.representations.structure import word
+from mole.revision import revision
 from mole.seeding import Seeded
 from mole.tasks import Architecture
 from mole.tasks.networks import KINDS
+
+logger = logging.getLogger("mole")
 
 
 def train_generator(
@@ -66,6 +69,8 @@ def train_generator(
             infinite.
     """
     resumed = resumable(state, identity)
+    if resumed.step and resumed.code != revision().source:
+        logger.warning("the training was begun by other code, and goes on with %s", revision())
     on_resume(resumed.step)
     source = data.source(resumed.source)
     check_trainable(source)

@@ -25,8 +25,8 @@ from mole.diffusion.request import Request
 from mole.diffusion.speed import operations, peak
 from mole.diffusion.state_file import read_state
 from mole.errors import CorruptFileError, MoleError
-from mole.files import remove
 from mole.reporting import Advance
+from mole.revision import revision
 from mole.seeding import stream
 from mole.signals import handling, stop
 from mole.tasks import Task, labelled
@@ -69,10 +69,12 @@ class Resumed:
     seconds: float = 0.0
     codec: dict[str, Any] | None = None
     source: dict[str, Any] = field(default_factory=dict)
+    code: str = ""
+    """Digest of the source of the code that began."""
 
 
 def resumable(state: Path, identity: str) -> Resumed:
-    """What a training state of this identity says; any other state is removed."""
+    """What a training state of this identity says; any other state is set aside, as `training.aside.ckpt`."""
     if state.exists():
         try:
             found = read_state(state)
@@ -81,8 +83,8 @@ def resumable(state: Path, identity: str) -> Resumed:
         else:
             if found.get("identity") == identity:
                 step, seconds = int(found["global_step"]), float(found["seconds"])
-                return Resumed(step, seconds, dict(found["codec"]), dict(found["source"]))
-        remove(state)
+                return Resumed(step, seconds, dict(found["codec"]), dict(found["source"]), str(found.get("code", "")))
+        state.replace(state.with_suffix(f".aside{state.suffix}"))
     return Resumed()
 
 
@@ -111,6 +113,7 @@ class Watch(L.Callback):
         state = self.state
         checkpoint |= {
             "identity": state.identity,
+            "code": revision().source,
             "seconds": self.seconds,
             "codec": {"stds": state.codec.stds, "tensors": state.codec.state_dict()},
             "source": state.source.state(),
@@ -178,8 +181,7 @@ class Watch(L.Callback):
                 self._validate(step, denoiser)
         if step % train.checkpoint_every == 0 and step < train.steps:
             self._save(trainer)
-        if step < train.steps:
-            self._obey(trainer, step)
+        self._obey(trainer, step)
         self.ready = time.monotonic()
 
     def _save(self, trainer: L.Trainer) -> None:

@@ -40,6 +40,8 @@ class PermutationDistance:
 
     def pairwise(self, first: Tensor, second: Tensor) -> Tensor:
         """Distances (N, M) between networks (N, P) and (M, P)."""
+        if not len(first) or not len(second):
+            return torch.zeros(len(first), len(second), dtype=torch.float64)
         if self.view.edges:
             assert self.reference is not None
             first, second = (self.align(flat, self.reference).double() for flat in (first, second))

@@ -27,7 +27,6 @@ def harvest(current: Run) -> Work:
     settings, header = config.harvest, _header(current)
     total = settings.runs + settings.heldout_runs
     groups = plan_groups(config.task, settings, config.seed, range(total))
-    check_drawn(config, groups)
     _empty_unless_same(folder, header)
     with ZooWriter(folder, header, "group") as writer:
         before = writer.seconds()
@@ -50,7 +49,7 @@ def harvest(current: Run) -> Work:
     return Work(outputs, {**_report(current, zoo, seconds), "seconds_before": before}, [record], seals)
 
 
-def check_drawn(config: Config, groups: list[Group]) -> None:
+def check_drawn(config: Config) -> None:
     """Refuse a plan in which no run draws the configuration's own network, before anything is trained.
 
     Raises:
@@ -60,6 +59,8 @@ def check_drawn(config: Config, groups: list[Group]) -> None:
     own = {name: getattr(config.task, name) for name, values in lists.items() if values is not None}
     if any(value not in lists[name] for name, value in own.items()):
         return  # a zoo for other uses: generators are refused elsewhere
+    total = range(config.harvest.runs + config.harvest.heldout_runs)
+    groups = plan_groups(config.task, config.harvest, config.seed, total) if own else []
     alike = [run for group in groups if own.items() <= group.factors.items() for run in group.runs]
     for key, runs in (("runs", range(config.harvest.runs)), ("heldout_runs", range(config.harvest.runs, 2**30))):
         if own and not any(run in runs for run in alike):

@@ -31,14 +31,14 @@ class Silence:
         yield lambda done, note="": None
 
 
-def assist(config: Config, root: Path, stages: tuple[StageName, ...]) -> None:
+def assist(config: Config, root: Path, stages: tuple[StageName, ...], *, redo: bool = False) -> None:
     """Wait for the harvest, then take part in the training, if there is one."""
     folder = RunFolder(root)
     if "train" not in stages:
         return
     while unmet(config, folder, ("train",)):
         time.sleep(WAIT)
-    if not decide(config, folder, "train").run:
+    if not decide(config, folder, "train", redo=redo).run:
         return
     tracking = config.tracking.model_copy(update={"mode": "disabled"})
     tracker = Tracker(tracking, name=config.name, folder=root, settings={})

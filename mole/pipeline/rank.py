@@ -36,7 +36,8 @@ def rank(current: Run) -> Work:
     flat, seeds = torch.stack([task.spec.flatten(state) for state in states]), None
     if task.config.subtasks.differ:
         heldout = current.own_heldout
-        seeds = heldout.column("seed")[heldout.first[: len(files)].numpy()].tolist()
+        numbers = [int(path.stem) for path in files]  # of the starts; those of networks that were left out are missing
+        seeds = heldout.column("seed")[heldout.first[numbers].numpy()].tolist()
     prompt, test = task.measure(flat, "prompt", seeds), task.measure(flat, "test", seeds)
     columns: dict[str, Tensor] = {}
     if isinstance(task, Classification):

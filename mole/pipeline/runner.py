@@ -13,19 +13,21 @@ import torch
 from mole.config import Config
 from mole.diffusion.generator import versions
 from mole.errors import MoleError
-from mole.files import remove, sweep
+from mole.files import remove
 from mole.pipeline.current import Run
 from mole.pipeline.evaluate import evaluate
-from mole.pipeline.harvest import harvest
+from mole.pipeline.harvest import check_drawn, harvest
 from mole.pipeline.rank import rank
 from mole.pipeline.sample import sample
 from mole.pipeline.train import train
 from mole.reporting import Reporter
+from mole.revision import revision
 from mole.stages import (
     RunFolder,
     StageName,
     Work,
     clashes,
+    clear_leftovers,
     decide,
     mend_records,
     read_marker,
@@ -73,13 +75,15 @@ def run(
     device = choose_device(config)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
-    sweep(root)
+    clear_leftovers(folder)
     for stage in stages:
         marker = read_marker(folder, stage)
         if marker is not None and marker.config != sections(config, stage):
             remove(folder.marker(stage))
-    for line in mend_records(config, folder):
+    for line in mend_records(config, folder, stages):
         reporter.say(line)
+    if {"train", "sample", "evaluate"} & set(stages) and config.harvest.mode == "disk":
+        check_drawn(config)
     tracker = Tracker(config.tracking, name=config.name, folder=root, settings=config.model_dump(mode="json"))
     reporter.say(tracker.line)
     current = Run(config, folder, reporter, tracker, device)
@@ -90,12 +94,14 @@ def run(
             if not decision.run:
                 reporter.say(f"{stage}: done already, {decision.reason}; skipped")
                 continue
-            if read_marker(folder, stage) is not None:
+            if (marker := read_marker(folder, stage)) is not None:
                 reporter.say(f"{stage}: runs again, {decision.reason}")
+                if redo and marker.code.get("source") != revision().source:
+                    _forget(folder, stage)
             began = _finish(current, stage, STAGE_FUNCTIONS[stage], began)
     finally:
         tracker.finish()
-    mend_records(config, folder)
+    mend_records(config, folder, stages)
     return write_report(config, folder)
 
 
@@ -116,6 +122,15 @@ def _finish(current: Run, stage: StageName, function: Callable[[Run], Work], beg
         remove(folder.parts)
     write_report(current.config, folder)
     return ended
+
+
+def _forget(folder: RunFolder, stage: StageName) -> None:
+    """Remove what a stage would take over of the work of other code."""
+    if stage == "harvest":
+        for name in ("zoo.json", "shards", "layouts"):
+            remove(folder.zoo / name)
+    if stage == "train":
+        remove(folder.training_state)
 
 
 def choose_device(config: Config) -> torch.device:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mole.errors import CorruptFileError
 from mole.files import value_digest
-from mole.reading.guard import TEXT_BYTES, check_file
+from mole.reading.guard import check_file, check_promise
 from mole.reading.text import parse_json
 
 
@@ -33,7 +33,7 @@ class Ledger:
         self._known = {record["id"] for record in self.records}
 
     def _read(self) -> None:
-        check_file(self.path, TEXT_BYTES)
+        check_promise(self.path, 4 * check_file(self.path))
         whole, cut, rest = self.path.read_bytes().rpartition(b"\n")
         if rest:  # the last line has no end: the process died while writing it
             with self.path.open("rb+") as file:

@@ -118,6 +118,15 @@ class _Final:
         self.dtype = floats[0] if floats else None
         """Of the network's weights."""
 
+    def logits(self, outputs: Tensor) -> Tensor:
+        """The outputs; what the last layer gave where they are its sigmoid or its softmax."""
+        given = self.output
+        if not isinstance(given, Tensor) or given.numel() != outputs.numel() or not given.numel() or given is outputs:
+            return outputs
+        given = given.reshape(outputs.shape)
+        ends = [given.sigmoid()] if outputs.ndim < 2 or outputs.shape[1] == 1 else [given.softmax(1)]
+        return given if any(torch.allclose(end, outputs, atol=1e-6) for end in ends) else outputs
+
     def _see(self, _: nn.Module, inputs: Any, output: Any) -> None:
         self.output = output
 
@@ -127,7 +136,7 @@ def _run(network: nn.Module, batch: Tensor, final: _Final) -> Tensor:
     if final.dtype is not None and batch.is_floating_point():
         batch = batch.to(final.dtype)
     try:
-        found = tensor_of(network(batch), final.output)
+        found = final.logits(tensor_of(network(batch), final.output))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         kind, shape = type(network).__name__, tuple(batch.shape)
         raise MoleError(f"{kind} does not take {shape}: {str(error).splitlines()[0]}") from None

@@ -50,7 +50,7 @@ def candidates(path: str | Path, *, factory: Factory | None = None) -> list[Cand
         raise MoleError(
             f"{path}: nothing says what networks these files are of; give a factory, --factory module:function"
         )
-    return [_of_file(file, folder, origin.get(file.name, {}), factory) for file in files]
+    return [_of_file(file, folder, origin.get(file.name, []), factory) for file in files]
 
 
 def from_zoo(path: Path, factory: Factory | None = None) -> list[Candidate]:
@@ -83,13 +83,16 @@ def _of_zoo(zoo: Zoo, place: int, make: Factory) -> nn.Module:
     return network
 
 
-def _origins(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the ledger of a run says of its samples, by file name."""
+def _origins(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What the ledger of a run says of its samples, by file name: a name may have been used more than once."""
     for root in (folder, folder.parent):
         path = root / "provenance" / "ledger.jsonl"
         if path.is_file():
-            records = [record for _, record in json_lines(path) if _is_about_a_file(record)]
-            return {Path(record["file"]).name: record for record in records}
+            origins: dict[str, list[dict[str, Any]]] = {}
+            for _, record in json_lines(path):
+                if _is_about_a_file(record):
+                    origins.setdefault(Path(record["file"]).name, []).append(record)
+            return origins
     return {}
 
 
@@ -100,16 +103,31 @@ def _is_about_a_file(record: Any) -> bool:
     return value_digest({key: value for key, value in record.items() if key != "id"}) == record.get("id")
 
 
-def _of_file(file: Path, folder: Path, origin: dict[str, Any], factory: Factory | None) -> Candidate:
+def _of_file(file: Path, folder: Path, records: list[dict[str, Any]], factory: Factory | None) -> Candidate:
     name, provenance = file.relative_to(folder), {"file": str(file)}
-    if origin and factory is not None and not _is_recorded(file, origin, factory):
-        origin = {}  # another network lies under the name of a recorded one
+    origin = records[-1] if records else {}
+    if records and (factory is not None or len(records) > 1):
+        matching = [record for record in records if _is_recorded(file, record, factory or _maker(record))]
+        # another network may lie under the name of a recorded one: then it has no record, and no architecture
+        origin = matching[-1] if matching else {} if factory is not None else origin
     provenance |= {key: origin[key] for key in ("generator", "zoo", "prompt") if key in origin}
     return Candidate(str(name.with_suffix("")), partial(_load, file, origin, factory), provenance)
 
 
+def _maker(origin: dict[str, Any]) -> Factory:
+    """Makes networks of the architecture in a record.
+
+    Raises:
+        CorruptFileError: it is none.
+    """
+    try:
+        return partial(Architecture.model_validate(origin.get("architecture")).build, 0)
+    except ValidationError as error:
+        raise CorruptFileError(f"the ledger's architecture is none ({str(error).splitlines()[0]})") from None
+
+
 def _is_recorded(file: Path, origin: dict[str, Any], make: Factory) -> bool:
-    """Whether a file holds the network that the ledger records under its name."""
+    """Whether a file holds the network of a record."""
     try:
         return _digest(_built(file, make)) == origin.get("weights")
     except (OSError, MoleError):
@@ -119,11 +137,7 @@ def _is_recorded(file: Path, origin: dict[str, Any], make: Factory) -> bool:
 def _load(file: Path, origin: dict[str, Any], factory: Factory | None) -> nn.Module:
     if factory is None and "architecture" not in origin:
         raise MoleError(f"{file}: the ledger does not say of what network it is; give a factory")
-    try:
-        make = factory or partial(Architecture.model_validate(origin["architecture"]).build, 0)
-    except ValidationError as error:
-        raise CorruptFileError(f"{file}: the ledger's architecture is none ({str(error).splitlines()[0]})") from None
-    network = _built(file, make)
+    network = _built(file, factory or _maker(origin))
     if origin and _digest(network) != origin.get("weights"):
         raise CorruptFileError(
             f"{file}: not the network that the ledger records under this name (its weights differ); to rank it as a "

@@ -107,19 +107,16 @@ def evidence_of(features: Tensor, outputs: Tensor, labels: Tensor | None, seed: 
 
 
 def class_logits(outputs: Tensor) -> Tensor | None:
-    """Outputs (n, C) as logits of classes, whatever a network ends with.
+    """Outputs (n, C) as logits of classes.
 
-    One column is the logit, or the probability, of the second of two classes. Rows of probabilities, of a softmax at
-    the end, become their logarithms, which softmax turns back. None where there are no columns.
+    One column is the logit of the second of two classes. Rows of probabilities become their logarithms, which softmax
+    turns back. None where there are no columns. What a sigmoid or a softmax at the end was given, `see` finds.
     """
     if not outputs.shape[1]:
         return None
-    least, most = float(outputs.min()), float(outputs.max())
-    shares = least >= 0 and most <= 1
     if outputs.shape[1] == 1:
-        if shares and float(outputs.var(correction=0)) > 0:  # a sigmoid at the end
-            outputs = torch.logit(outputs.double().clamp(1e-12, 1 - 1e-12)).to(outputs.dtype)
         return torch.cat([torch.zeros_like(outputs), outputs], 1)
+    shares = float(outputs.min()) >= 0 and float(outputs.max()) <= 1
     if shares and torch.allclose(outputs.sum(1), torch.ones(len(outputs), dtype=outputs.dtype), atol=1e-3):
         return outputs.double().clamp_min(1e-30).log().to(outputs.dtype)
     return outputs
@@ -139,6 +136,8 @@ def as_data(data: Any) -> Any:
         return data
     try:
         inputs, labels = (None if part is None else torch.as_tensor(part) for part in data)
+        if labels is not None and labels.dtype in (torch.uint16, torch.uint32, torch.uint64):
+            labels = labels.to(torch.int64)
     except (TypeError, ValueError, RuntimeError):
         return data
     return inputs, labels_of(labels)

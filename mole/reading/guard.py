@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mole.errors import CorruptFileError, MoleError
 
-TEXT_BYTES = 2**28
+TEXT_BYTES = 2**31
 """The largest text file that is read."""
 SHARE = 0.8
 """Of the memory that is free now, what one file may take."""
@@ -66,7 +66,8 @@ def available_memory() -> int:
         free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33)
     for limit, used in LIMITS:
         try:
-            free.append(int((CONTROL / limit).read_text()) - int((CONTROL / used).read_text()))
+            cache = _reclaimable(CONTROL / Path(used).parent / "memory.stat")
+            free.append(int((CONTROL / limit).read_text()) - int((CONTROL / used).read_text()) + cache)
         except (OSError, ValueError):  # no such group, or no limit
             continue
     try:
@@ -78,6 +79,15 @@ def available_memory() -> int:
     except (ImportError, OSError, ValueError, IndexError):
         pass
     return max(0, min(free))
+
+
+def _reclaimable(statistics: Path) -> int:
+    """Bytes of a control group that are files kept in memory while nobody else needs it."""
+    try:
+        rows = dict(line.split() for line in statistics.read_text().splitlines())
+        return int(rows.get("inactive_file", rows.get("total_inactive_file", 0)))
+    except (OSError, ValueError):
+        return 0
 
 
 def check_memory(what: str, needed: int, advice: str) -> None:

@@ -53,6 +53,9 @@ def safetensors_header(path: Path, most: int = HEADER_BYTES) -> dict[str, Any]:
         header = parse_json(text)
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         ends = [int(entry["data_offsets"][1]) for entry in tensors.values()]
+        sizes = [size for entry in tensors.values() for size in (*entry["shape"], *entry["data_offsets"])]
+        if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+            raise ValueError("a shape that is none")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
         raise CorruptFileError(f"{path}: truncated, or not a safetensors file") from None
     if len(tensors) > MOST_TENSORS:

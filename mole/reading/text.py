@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mole.errors import CorruptFileError
-from mole.reading.guard import TEXT_BYTES, check_file
+from mole.reading.guard import TEXT_BYTES, check_file, check_promise
 
 
 def read_text(path: Path, most: int = TEXT_BYTES) -> str:
@@ -16,7 +16,7 @@ def read_text(path: Path, most: int = TEXT_BYTES) -> str:
         FileNotFoundError: there is no such file.
         CorruptFileError: it is no regular file, too large, or not UTF-8.
     """
-    check_file(path, most)
+    check_promise(path, 4 * check_file(path, most))
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -79,9 +79,12 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         FileNotFoundError: there is no such file.
         CorruptFileError: it is no regular file, or too large.
     """
-    check_file(path, TEXT_BYTES)
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            yield number, parse_json(line)
-        except ValueError:
-            yield number, None
+    check_promise(path, check_file(path))
+    number = 0
+    with path.open("rb") as file:
+        while line := file.readline(2**27):
+            number += 1
+            try:
+                yield number, parse_json(line)
+            except ValueError:
+                yield number, None

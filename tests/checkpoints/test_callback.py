@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mole
-from mole.checkpoints import Zoo, verify
+from mole.checkpoints import Header, Zoo, ZooWriter, verify
 from mole.errors import HarvestWarning, MoleError
 
 from ..conftest import ROOT
@@ -375,3 +375,25 @@ def test_pruning_and_a_full_disk_make_the_callback_quiet_and_the_training_goes_o
     monkeypatch.setattr("mole.checkpoints.writer.ZooWriter.write", full)
     with pytest.warns(HarvestWarning, match="No space left on device"):
         assert fit(L, mole.Harvest(tmp_path / "b", "train/loss"), quietly=False).global_step == 20
+
+
+def test_one_state_that_overflows_leaves_the_zoo_readable(tmp_path: Path) -> None:
+    class Spike(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            self.kept = pl_module.model[0].weight.detach().clone()
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 4:
+                pl_module.model[0].weight.data[0, 0] = float("inf")
+            elif trainer.global_step == 5:
+                pl_module.model[0].weight.data.zero_()
+
+    harvest = mole.Harvest(tmp_path, "train/loss", every_n_steps=2)
+    fit(L, harvest, max_epochs=1, callbacks=[Spike(), harvest])
+    assert harvest.skipped >= 1 and Zoo(tmp_path).runs == 1 and verify(tmp_path) == []
+
+
+def test_two_trainings_at_once_under_one_name_are_two_runs(tmp_path: Path) -> None:
+    with ZooWriter(tmp_path, Header("train/loss", "float32", {"source": "lightning callback"}), "mine"):
+        fit(L, mole.Harvest(tmp_path, "train/loss", every_n_steps=5, run="mine"))
+    assert set(Zoo(tmp_path).column("run")) == {"mine-2"}

@@ -125,3 +125,44 @@ def test_a_truncated_lmdb_file_is_left_out(tmp_path: Path) -> None:
     (path,) = (tmp_path / "in").rglob("data.mdb")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert "a truncated LMDB file" in str(import_checkpoints(tmp_path / "in", tmp_path / "zoo"))
+
+
+def test_two_imports_of_different_networks_under_one_run_and_step_lose_nothing_in_silence(tmp_path: Path) -> None:
+    from mole.checkpoints.importing import _Intake
+
+    for number, folder in enumerate(("one", "two")):
+        (tmp_path / folder / "run").mkdir(parents=True)
+        torch.save(state(number), tmp_path / folder / "run" / "step_1.pt")
+    report = ImportReport(tmp_path / "zoo")
+    first = _Intake(tmp_path / "zoo", report, None, None, None)
+    from mole.checkpoints.foreign import candidates
+
+    (file,) = candidates(tmp_path / "one" / "run", tmp_path / "zoo")
+    first.take(file)  # gathered, and not written yet
+    assert import_checkpoints(tmp_path / "two" / "run", tmp_path / "zoo").checkpoints == 1
+    first.close()
+    assert (report.checkpoints, report.known) == (0, 0) and "another network is there already" in str(report)
+
+
+def test_odd_entries_of_a_folder_do_not_end_an_import(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    torch.save(state(0), tmp_path / "in" / "step_1.pt")
+    (tmp_path / "in" / "model.safetensors.index.json").symlink_to("gone")
+    assert import_checkpoints(tmp_path / "in", tmp_path / "zoo").checkpoints == 1
+    shard = next((tmp_path / "zoo" / "shards").glob("*.parquet"))
+    hostile.INDEXES["no columns"](shard)
+    with pytest.raises(MoleError, match="no column run, step"):
+        import_checkpoints(tmp_path / "in", tmp_path / "zoo")
+
+
+def test_pipes_and_shapes_that_are_none_in_a_zoo_are_faults(tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run / "zoo", tmp_path / "zoo")
+    path = tmp_path / "zoo" / "shards" / "group-00000.safetensors"
+    size = path.stat().st_size
+    for shape, layout in (([1, 2], ["x"]), (["a", 50_000_000], "x"), ([2**60, 2**60], "x")):
+        tensor = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
+        hostile.safetensors({"__metadata__": {"layout": layout}, "weights": tensor}, b"\0" * 64)(path)
+        assert any("group-00000" in fault for fault in verify(tmp_path / "zoo"))
+    path.unlink()
+    os.mkfifo(path)
+    assert any("a named pipe" in fault for fault in verify(tmp_path / "zoo"))

@@ -175,3 +175,29 @@ def test_samples_and_checkpoints_can_be_compared_and_sliced(tiny_run: Path, tmp_
     assert len(zoo[0:5]) == 5 and zoo[0:5][4] == zoo[4] and zoo[np.int64(3)] == zoo[3] and zoo[3] != zoo[4]
     with pytest.raises(mole.MoleError, match="no checkpoint is left"):
         zoo[5:5]
+
+
+def test_raw_logits_between_0_and_1_are_no_probabilities_and_unsigned_labels_are_labels() -> None:
+    inputs, labels = points()
+    network = Ends("plain", 0.05, 1)
+    with torch.no_grad():
+        network.head.bias.fill_(0.3)  # every logit within 0 and 1
+    (row,) = leaderboard({"a": network}, (inputs, labels.numpy().astype(np.uint16)), scorers=["minus_loss"]).rows
+    logits = network.head(network.body(inputs))[:, 0]
+    assert bool(((logits > 0) & (logits < 1)).all())
+    expected = -nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
+    assert row.scores["minus_loss"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_file_name_that_was_used_twice_is_told_by_its_weights(tiny_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from mole.provenance import Ledger
+
+    shutil.copytree(tiny_run, tmp_path / "run")
+    ledger = Ledger(tmp_path / "run" / "provenance" / "ledger.jsonl")
+    first = next(record for record in ledger.records if record.get("file") == "samples/00000.safetensors")
+    other = {key: value for key, value in first.items() if key != "id"} | {"weights": "0" * 64, "prompt": {"loss": 9}}
+    ledger.append([other])  # a later sampling, whose files were replaced by the first one again
+    rows = {c.name: c for c in candidates(tmp_path / "run" / "samples")}
+    assert rows["00000"].provenance["prompt"] == first["prompt"] and rows["00000"].load() is not None
