@@ -37,6 +37,8 @@ class Estimate:
     seconds: float
     disk: int
     """Bytes of the run folder."""
+    zoo: int
+    """Bytes of its zoo among them."""
     memory: dict[str, int]
     """Bytes that a part of the work takes, by the key that decides it most."""
 
@@ -130,7 +132,7 @@ def estimate(config: Config) -> Estimate:
     sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
     zoo = 0 if harvest.mode == "stream" else runs * harvest.checkpoints * widest.parameters * sizes[harvest.dtype]
     return Estimate(
-        STARTING + sum(work.values()), zoo + 24 * generator, {key: base + bytes_ for key, bytes_ in memory.items()}
+        STARTING + sum(work.values()), zoo + 24 * generator, zoo, {key: base + bytes_ for key, bytes_ in memory.items()}
     )
 
 
@@ -165,10 +167,12 @@ def unaffordable(
     on_gpu = config.runtime.device != "cpu" and any(Path("/dev").glob("nvidia[0-9]*"))  # which says so by itself
     elsewhere = ("generator.width", "generator.parameters", "train.batch_size") if on_gpu else ()
     plan = estimate(config)
+    size = "generator.width" if config.generator.parameters is None else "generator.parameters"
+    keys = "harvest.runs or harvest.checkpoints" if 2 * plan.zoo > plan.disk else size
     room = disk(folder)
     return [
         f"{folder}: this configuration writes about {in_bytes(plan.disk)}, and {in_bytes(room)} are free there; lower "
-        "harvest.runs or harvest.checkpoints, or choose another --out"
+        f"{keys}, or choose another --out"
     ] * ("harvest" in stages and plan.disk - _written(folder / "zoo") > room) + [
         f"{key}: this configuration needs about {in_bytes(needed)} of memory here, and {in_bytes(usable)} can be used; "
         f"lower {key}, or run on a larger machine"

@@ -366,7 +366,11 @@ def mend_records(config: Config, folder: RunFolder, stages: tuple[StageName, ...
         lines.append(f"{folder.ledger}: {lost} records were missing, and are written again")
     rows = MetricsFile(folder.metrics)
     if odd := [stage for stage, marker in markers.items() if rows.digest(stage) != marker.rows]:
-        lines.append(f"{folder.metrics}: the rows of {', '.join(odd)} are not those that were measured")
+        missing = "" if folder.metrics.exists() else " (it is missing)"
+        lines.append(
+            f"{folder.metrics}{missing}: the rows of {', '.join(odd)} are not those that were measured; report.json "
+            "has the figures, and a stage that runs again writes its rows"
+        )
     text = to_yaml(_recorded(config, folder, stages, markers))
     if not folder.config.is_file() or folder.config.read_bytes() != text.encode():
         write_text(folder.config, text)

@@ -19,6 +19,8 @@ from mole.errors import MoleError
 from mole.files import locked
 from mole.representations import WeightSpec, differences, weights_digest
 
+LISTED = 10
+"""Names that a report gives for each reason; `ImportReport.skipped` has all of them."""
 METRICS = ("eval_loss", "val_loss", "val/loss", "valid_loss", "avg_test_loss", "test_loss", "loss", "train_loss")
 """Of the metrics that the first checkpoint has, the first of these is the one to be conditioned on."""
 
@@ -46,8 +48,8 @@ class ImportReport:
         known = f", {self.known} were there already" if self.known else ""
         lines = [f"{self.zoo}: {self.checkpoints} checkpoints of {len(self.runs)} runs taken in{known}"]
         for reason, paths in sorted(self.skipped.items(), key=lambda item: -len(item[1])):
-            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            lines.append(f"  {len(paths)} left out: {reason} ({paths[0]}{more})")
+            more = f" and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
+            lines.append(f"  {len(paths)} left out: {reason} ({', '.join(paths[:LISTED])}{more})")
         if self.without_metric is not None:
             lines.append(
                 f"  none of them has the metric {self.without_metric!r}: they can be looked at, but no generator can "

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mole.errors import ConfigError, MoleError
+from mole.errors import ConfigError, CorruptFileError, MoleError
+from mole.files import read_sealed, sealed, write_json
 
 SPLITS = ("train", "prompt", "test")
 
@@ -26,6 +27,7 @@ def add_parser(commands: Any) -> None:
     rank.add_argument("--bootstrap", type=int, default=0, help="samples for intervals and the chance to be best")
     rank.add_argument("--factory", help="module:function that makes a network for the files")
     rank.add_argument("--out", type=Path, help="folder for CSV, Parquet, figure; the same command goes on there")
+    rank.add_argument("--replace", action="store_true", help="replace another ranking in that folder")
     rank.add_argument("--device", default="cpu")
     rank.add_argument("--seed", type=int, default=0)
 
@@ -43,6 +45,8 @@ def run_rank(options: argparse.Namespace) -> int:
     if wrong:
         raise ConfigError([f"command line: --{name} is {str(value)[:40]}; legal is {legal[name][0]} or more, up to "
                            f"{legal[name][1]}" for name, value in wrong.items()], "command line")  # fmt: skip
+    if options.out is not None:
+        _check_folder(options)
     from rich.console import Console
 
     from mole.rank import leaderboard
@@ -67,11 +71,49 @@ def run_rank(options: argparse.Namespace) -> int:
     reasons = {row.reason for row in board.rows}
     if len(reasons) == 1 and "" not in reasons and len(board.rows) > 1:
         raise MoleError(f"all {len(board.rows)} networks: {reasons.pop()}")
+    if options.out is not None:
+        write_json(options.out / "ranking.json", sealed({"request": _request(options)}))
     for path in save(board, options.out) if options.out else []:
         print(printable(str(path)))
     console = Console(file=sys.stdout)
     console.print(terminal(board, width=console.width))
     return 0 if any(row.scores for row in board.rows) else 1
+
+
+def _request(options: argparse.Namespace) -> dict[str, Any]:
+    """What decides a ranking, as plain values."""
+    names = (
+        "path",
+        "data",
+        "split",
+        "labels",
+        "unlabelled",
+        "examples",
+        "scorer",
+        "layer",
+        "bootstrap",
+        "factory",
+        "seed",
+    )
+    return {name: getattr(options, name) for name in names}
+
+
+def _check_folder(options: argparse.Namespace) -> None:
+    """Refuse a folder that holds another finished ranking.
+
+    Raises:
+        ConfigError: naming what differs, and what to do.
+    """
+    path, asked = options.out / "ranking.json", _request(options)
+    try:
+        there = read_sealed(path, {"request"})["request"]
+    except (OSError, CorruptFileError):
+        return  # none, or not known any more
+    told = [f"{name}: {there.get(name)} there, {value} asked for" for name, value in asked.items()
+            if there.get(name) != value]  # fmt: skip
+    if told and not options.replace:
+        raise ConfigError([f"{options.out} holds another ranking ({'; '.join(told)}); legal is another --out, or "
+                           "--replace"], "command line")  # fmt: skip
 
 
 def _data(options: argparse.Namespace) -> Any:
@@ -120,13 +162,14 @@ def _from_file(path: Path) -> tuple[Any, Any]:
     import numpy as np
     import torch
 
-    from mole.errors import CorruptFileError
     from mole.reading.tensors import read_npz
 
     legal = "legal is an .npz of numbers `inputs` (n, ...) and, if there are some, whole `labels` (n,)"
     try:
         arrays = read_npz(path, ("inputs", "labels"))
-    except (OSError, CorruptFileError) as error:
+    except OSError as error:
+        raise ConfigError([f"command line: --data {path}: {error.strerror}; {legal}"]) from None
+    except CorruptFileError as error:
         raise ConfigError([f"command line: --data {error}; {legal}"]) from None
     inputs, labels = arrays.get("inputs"), arrays.get("labels")
     if inputs is None or inputs.ndim < 1 or inputs.dtype.kind not in "fiub":

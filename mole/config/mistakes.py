@@ -31,6 +31,8 @@ def explain(detail: Any, origin: dict[str, str]) -> str:
     if detail["type"] == "literal_error" and isinstance(found, str):
         near = difflib.get_close_matches(found, re.findall(r"'([^']*)'", str(detail["ctx"]["expected"])), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
+    if isinstance(found, float) and found.is_integer() and "a whole number" in legal:
+        hint = f"; write {int(found)}, without a point or an exponent" if abs(found) < 1e18 else ""
     return f"{source}: {key}: found {show(found)}; legal: {legal}{hint}"
 
 

@@ -153,6 +153,8 @@ class Watch(L.Callback):
         if to_stop or to_save:
             self._save(trainer)
             self.told_to_save = False
+            if trainer.is_global_zero:
+                logger.warning("train: saved at step %s, as a signal asked", f"{step:,}")
         if to_stop:
             stop()
 

@@ -44,10 +44,12 @@ class Ledger:
                 identity = record.pop("id")
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise CorruptFileError(
-                    f"{self.path}:{number}: not a record of the ledger; move the file away"
+                    f"{self.path}:{number}: not a record of the ledger; move the file away, and the same "
+                    "command writes what finished stages know of it again"
                 ) from None
             if value_digest(record) != identity:
-                raise CorruptFileError(f"{self.path}:{number}: altered after it was written; move the file away")
+                raise CorruptFileError(f"{self.path}:{number}: altered after it was written; move the file away, and "
+                                       "the same command writes what finished stages know of it again")  # fmt: skip
             self.records.append({"id": identity, **record})
 
     def append(self, records: Iterable[dict[str, Any]]) -> list[str]:

@@ -59,7 +59,9 @@ def from_zoo(path: Path, factory: Factory | None = None) -> list[Candidate]:
     Raises:
         MoleError: the zoo was imported, so it does not say what its networks are, and there is no factory.
     """
-    zoo = Zoo(path).finished()
+    zoo = Zoo(path)
+    if bool(zoo.loss.isfinite().any()):  # networks without a known loss are ranked all the same
+        zoo = zoo.finished()
     recipe = zoo.header.recipe.get("task")
     if recipe is None and factory is None:
         raise MoleError(f"{path}: this zoo was imported; give a factory, --factory module:function")

@@ -174,7 +174,7 @@ def test_everything_that_cannot_be_taken_in_is_grouped_counted_and_explained(tmp
     assert "tensors with [4, 5] numbers, which is none of G.pt's; give `module`" in foreign
     assert Zoo(tmp_path / "zoo").column("source").tolist() == ["0.pt"]
     lines = str(report).splitlines()
-    assert lines[1].startswith("  2 left out: ") and f"  2 left out: {needs_code} (code1.pt and 1 more)" in lines
+    assert lines[1].startswith("  2 left out: ") and f"  2 left out: {needs_code} (code1.pt, code2.pt)" in lines
 
 
 def test_a_module_says_what_fits_and_what_is_interchangeable(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from mole.rank.repository import candidates
 from mole.rank.request import class_logits
 from mole.rank.tables import save, terminal
 
+from ..conftest import run_command
+
 SCORERS = ["leep", "nce", "minus_loss", "confidence"]
 
 
@@ -201,3 +203,20 @@ def test_a_file_name_that_was_used_twice_is_told_by_its_weights(tiny_run: Path, 
     ledger.append([other])  # a later sampling, whose files were replaced by the first one again
     rows = {c.name: c for c in candidates(tmp_path / "run" / "samples")}
     assert rows["00000"].provenance["prompt"] == first["prompt"] and rows["00000"].load() is not None
+
+
+def test_a_finished_ranking_is_not_replaced_by_another_and_losses_are_not_needed(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    command = ("rank", str(tiny_run / "samples"), "--data", "digits", "--scorer", "class_mean", "--out", str(tmp_path))
+    assert run_command(*command).returncode == 0
+    before = (tmp_path / "leaderboard.csv").read_bytes()
+    done = run_command(*command, "--labels", "0,1")
+    assert done.returncode == 2 and "labels: None there, 0,1 asked for" in done.stderr and "--replace" in done.stderr
+    assert (tmp_path / "leaderboard.csv").read_bytes() == before
+    assert run_command(*command, "--labels", "0,1", "--replace").returncode == 0
+    mole.import_checkpoints(tiny_run / "samples", tmp_path / "zoo")
+    (first,) = candidates(
+        tmp_path / "zoo", factory=lambda: nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    )
+    assert first.load() is not None
