@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mole.config import load
-from mole.errors import ConfigError, CorruptFileError, MoleError
-from mole.reading.guard import available_memory, check_file, check_memory, in_bytes
+from mole.errors import ConfigError, CorruptFileError
+from mole.reading.guard import available_memory, check_file, check_promise, in_bytes
 from mole.reading.tables import read_parquet
 from mole.reading.tensors import check_tensors, read_npz, read_safetensors, read_torch
 from mole.reading.text import parse_json, read_json
@@ -140,8 +140,8 @@ def test_archives_promise_no_more_than_they_have(kind: str, tmp_path: Path) -> N
 
 def test_memory_is_asked_for_before_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < available_memory() < 2**50
-    with pytest.raises(MoleError, match="a plan: needs 1,000,000 TB of memory"):
-        check_memory("a plan", 10**18, "lower it")
+    with pytest.raises(CorruptFileError, match="x: promises 1,000,000 TB"):
+        check_promise(Path("x"), 10**18)
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     assert check_file(tmp_path / "x.safetensors") == 10 and read_safetensors(tmp_path / "x.safetensors") == {}
     assert [in_bytes(n) for n in (512, 3_200_000, 160e9)] == ["512 B", "3.2 MB", "160 GB"]

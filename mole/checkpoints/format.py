@@ -1,6 +1,5 @@
 """The files of a zoo, as docs/zoo_format.md specifies them: names, headers, layouts, seals, and their checks."""
 
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from mole.errors import CorruptFileError, MoleError
 from mole.files import file_digest, is_sealed, read_sealed, sealed, write_json
 from mole.reading.guard import check_file
 from mole.reading.tensors import safetensors_header
-from mole.reading.text import parse_json, read_json
+from mole.reading.text import read_json
 from mole.representations import WeightSpec
 
 FORMAT = 3
@@ -20,9 +19,6 @@ FORMAT = 3
 Dtype = Literal["float32", "float16", "bfloat16"]
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-HEADER_BYTES = 10_000_000
-"""The longest header of a weights file that is read."""
 
 RESERVED = ("run", "step", "layout", "diverged", "digest", "source", "content")
 """Columns whose meaning is fixed."""
@@ -199,33 +195,25 @@ def weights_shape(path: Path, dtype: Dtype | None = None) -> tuple[int, int]:
         CorruptFileError: the file is missing, truncated, or holds something else.
     """
     try:
-        check_file(path)
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > HEADER_BYTES:
-                raise ValueError(f"a header of {length} bytes")
-            header = parse_json(file.read(length))
-            tensor = header["weights"]
-            code = tensor["dtype"] if dtype is None else SAFETENSORS_DTYPES[dtype]
-            named = next(name for name, other in SAFETENSORS_DTYPES.items() if other == code)
-            (rows, size), (start, stop) = tensor["shape"], tensor["data_offsets"]
-            if not all(isinstance(number, int) and 0 <= number < 2**48 for number in (rows, size, start, stop)):
-                raise ValueError("a shape that is none")
-            expected = rows * size * TORCH_DTYPES[named].itemsize
-            found = path.stat().st_size - 8 - length
-            if "table" in header:
-                (many, whole), dtype_found = header["table"]["shape"], header["table"]["dtype"]
-                if not isinstance(whole, int) or not 0 <= whole < 2**48:
-                    raise ValueError("a shape that is none")
-                if many != rows or dtype_found != "I64":
-                    raise ValueError(f"a table of {many} rows of {dtype_found} where {rows} of I64 belong")
-                found -= many * whole * 8
-            if tensor["dtype"] != code or stop - start != expected or found != expected:
-                raise ValueError(f"{found} bytes of {tensor['dtype']} weights where {expected} of {named} belong")
+        header = safetensors_header(path)
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        weights, stored = tensors["weights"], max(entry["data_offsets"][1] for entry in tensors.values())
+        (rows, size), (start, stop) = weights["shape"], weights["data_offsets"]
+        code = weights["dtype"] if dtype is None else SAFETENSORS_DTYPES[dtype]
+        named = next(name for name, other in SAFETENSORS_DTYPES.items() if other == code)
+        expected = rows * size * TORCH_DTYPES[named].itemsize
+        if "table" in tensors:
+            (many, whole), dtype_of_table = tensors["table"]["shape"], tensors["table"]["dtype"]
+            if many != rows or dtype_of_table != "I64":
+                raise ValueError(f"a table of {many} rows of {dtype_of_table} where {rows} of I64 belong")
+            stored -= many * whole * 8
+        if weights["dtype"] != code or stop - start != expected or stored != expected:
+            raise ValueError(f"{stored} bytes of {weights['dtype']} weights where {expected} of {named} belong")
     except FileNotFoundError:
         raise CorruptFileError(f"{path}: missing") from None
-    except (ValueError, KeyError, TypeError, StopIteration, struct.error, OSError) as error:
-        raise CorruptFileError(f"{path}: truncated or altered ({error})") from None
+    except (CorruptFileError, ValueError, KeyError, TypeError, StopIteration, OSError) as error:
+        told = str(error).removeprefix(f"{path}: ")
+        raise CorruptFileError(f"{path}: truncated or altered ({told})") from None
     return rows, size
 
 

@@ -153,7 +153,7 @@ def run_name(config: Config, first: Path) -> str:
     if config.name != reference.name:
         return config.name
     there, asked = (settings(one) for one in (reference, config))
-    parts = [_told(key, value) for key, value in asked.items() if there[key] != value]
+    parts = [_name_part(key, value) for key, value in asked.items() if there[key] != value]
     name = "-".join([config.name, *parts])
     if len(name) > LONGEST_NAME or any(not part for part in parts):
         name = f"{config.name}-{value_digest(asked)[:8]}"
@@ -165,17 +165,17 @@ LONGEST_NAME = 100
 
 def settings(config: Config) -> dict[str, Any]:
     """Every key that decides results, dotted, with its value."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key in keys():
         if key.split(".")[0] not in ("name", "tracking", "runtime"):
             value: Any = config
             for part in key.split("."):
                 value = getattr(value, part)
-            found[key] = value
-    return found
+            values[key] = value
+    return values
 
 
-def _told(key: str, value: Any) -> str:
+def _name_part(key: str, value: Any) -> str:
     """A key and its value as a part of a folder's name; empty if it cannot be one."""
     if key == "seed":
         return f"s{value}"

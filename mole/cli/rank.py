@@ -9,6 +9,7 @@ from typing import Any
 
 from mole.errors import ConfigError, CorruptFileError, MoleError
 from mole.files import read_sealed, sealed, write_json
+from mole.stages import differences
 
 SPLITS = ("train", "prompt", "test")
 
@@ -71,10 +72,10 @@ def run_rank(options: argparse.Namespace) -> int:
     reasons = {row.reason for row in board.rows}
     if len(reasons) == 1 and "" not in reasons and len(board.rows) > 1:
         raise MoleError(f"all {len(board.rows)} networks: {reasons.pop()}")
-    if options.out is not None:
-        write_json(options.out / "ranking.json", sealed({"request": _request(options)}))
     for path in save(board, options.out) if options.out else []:
         print(printable(str(path)))
+    if options.out is not None:
+        write_json(options.out / "ranking.json", sealed({"request": _request(options)}))
     console = Console(file=sys.stdout)
     console.print(terminal(board, width=console.width))
     return 0 if any(row.scores for row in board.rows) else 1
@@ -109,8 +110,7 @@ def _check_folder(options: argparse.Namespace) -> None:
         there = read_sealed(path, {"request"})["request"]
     except (OSError, CorruptFileError):
         return  # none, or not known any more
-    told = [f"{name}: {there.get(name)} there, {value} asked for" for name, value in asked.items()
-            if there.get(name) != value]  # fmt: skip
+    told = differences(there, asked)
     if told and not options.replace:
         raise ConfigError([f"{options.out} holds another ranking ({'; '.join(told)}); legal is another --out, or "
                            "--replace"], "command line")  # fmt: skip

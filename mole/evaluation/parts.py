@@ -1,6 +1,7 @@
 """What an evaluation has found so far, part by part on disk, so that an interrupted one goes on."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,11 @@ class Parts:
         """The result of a part as plain values, NaN as None: from disk, or computed now."""
         path = self.folder / f"{name}.json" if self.folder is not None else None
         if path is not None:
-            try:
+            with suppress(FileNotFoundError, CorruptFileError):  # not done yet, or damaged
                 kept = read_sealed(path, {"identity", "result"})
                 if kept["identity"] == self.identity:
                     self.tick()
                     return kept["result"]
-            except (FileNotFoundError, CorruptFileError):
-                pass
         result = without_nan(compute())
         if path is not None:
             write_json(path, sealed({"identity": self.identity, "result": result}))

@@ -2,9 +2,10 @@
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
-from mole.errors import CorruptFileError, MoleError
+from mole.errors import CorruptFileError
 
 TEXT_BYTES = 2**31
 """The largest text file that is read."""
@@ -70,14 +71,12 @@ def available_memory() -> int:
             free.append(int((CONTROL / limit).read_text()) - int((CONTROL / used).read_text()) + cache)
         except (OSError, ValueError):  # no such group, or no limit
             continue
-    try:
+    with suppress(ImportError, OSError, ValueError, IndexError):  # elsewhere than on Unix
         import resource
 
         own = resource.getrlimit(resource.RLIMIT_AS)[0]
         if own != resource.RLIM_INFINITY:
             free.append(own - int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize())
-    except (ImportError, OSError, ValueError, IndexError):
-        pass
     return max(0, min(free))
 
 
@@ -88,17 +87,6 @@ def _reclaimable(statistics: Path) -> int:
         return int(rows.get("inactive_file", rows.get("total_inactive_file", 0)))
     except (OSError, ValueError):
         return 0
-
-
-def check_memory(what: str, needed: int, advice: str) -> None:
-    """Refuse what does not fit into the memory that is free now.
-
-    Raises:
-        MoleError: naming both numbers.
-    """
-    free = int(SHARE * available_memory())
-    if needed > free:
-        raise MoleError(f"{what}: needs {in_bytes(needed)} of memory, of which {in_bytes(free)} can be used; {advice}")
 
 
 def check_promise(path: Path, promised: int) -> None:
